@@ -1,0 +1,269 @@
+"""What every operation checks of its arguments, and the two layouts reduced to one.
+
+Errors name the argument, what was given and what is wanted.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "torch")
+DIVERGENCES = ("forward", "reverse", "jsd")
+REDUCTIONS = ("mean", "sum")
+FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: given {type(tensor).__name__}, wanted a torch.Tensor")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name}: given {tensor.dtype}, wanted one of bfloat16, float16, float32, float64")
+
+
+def check_integer(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: given {type(tensor).__name__}, wanted a torch.Tensor")
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: given {tensor.dtype}, wanted torch.int64 or torch.int32")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    require(tensor.device == device, f"{name}: given on {tensor.device}, wanted on {device} as the first argument")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    require(value in choices, f"{name}: given {value!r}, wanted one of {', '.join(map(repr, choices))}")
+
+
+def check_scale_and_softcap(prefix: str, logit_scale: float, logit_softcap: float | None) -> None:
+    require(
+        math.isfinite(logit_scale) and logit_scale != 0,
+        f"{prefix}logit_scale: given {logit_scale}, wanted a finite number other than 0",
+    )
+    require(
+        logit_softcap is None or (math.isfinite(logit_softcap) and logit_softcap > 0),
+        f"{prefix}logit_softcap: given {logit_softcap}, wanted None or a finite number above 0",
+    )
+
+
+def check_divergence(divergence: str, beta: float, temperature: float, temperature_power: int) -> None:
+    check_choice("divergence", divergence, DIVERGENCES)
+    require(
+        math.isfinite(temperature) and temperature > 0,
+        f"temperature: given {temperature}, wanted a finite number above 0",
+    )
+    require(temperature_power in (0, 2), f"temperature_power: given {temperature_power}, wanted 0 or 2")
+    if divergence == "jsd":
+        require(
+            0 < beta < 1, f"beta: given {beta}, wanted 0 < beta < 1 (the limits are divergence 'forward' and 'reverse')"
+        )
+
+
+def check_head(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    lm_head_bias: Tensor | None,
+    logit_scale: float,
+    logit_softcap: float | None,
+    max_logits_bytes: int | None,
+    backend: str,
+) -> None:
+    """Dtypes, devices and shapes of what makes the student's logits."""
+    check_floating("hidden_states", hidden_states)
+    check_floating("lm_head_weight", lm_head_weight)
+    require(hidden_states.ndim >= 2, f"hidden_states: given shape {tuple(hidden_states.shape)}, wanted (..., T, H)")
+    H = hidden_states.shape[-1]
+    require(
+        lm_head_weight.ndim == 2 and lm_head_weight.shape[1] == H and lm_head_weight.shape[0] > 0,
+        f"lm_head_weight: given shape {tuple(lm_head_weight.shape)}, wanted (V, {H}) to match hidden_states",
+    )
+    check_device("lm_head_weight", lm_head_weight, hidden_states.device)
+    autocast = torch.is_autocast_enabled(hidden_states.device.type)
+    if not autocast and lm_head_weight.dtype != hidden_states.dtype:
+        raise TypeError(
+            f"lm_head_weight: given {lm_head_weight.dtype}, wanted {hidden_states.dtype} as hidden_states "
+            "(outside autocast both must have one dtype)"
+        )
+    if lm_head_bias is not None:
+        check_floating("lm_head_bias", lm_head_bias)
+        require(
+            lm_head_bias.shape == lm_head_weight.shape[:1],
+            f"lm_head_bias: given shape {tuple(lm_head_bias.shape)}, wanted ({lm_head_weight.shape[0]},)",
+        )
+        check_device("lm_head_bias", lm_head_bias, hidden_states.device)
+        if not autocast and lm_head_bias.dtype != hidden_states.dtype:
+            raise TypeError(f"lm_head_bias: given {lm_head_bias.dtype}, wanted {hidden_states.dtype} as hidden_states")
+    check_scale_and_softcap("", logit_scale, logit_softcap)
+    require(
+        max_logits_bytes is None or max_logits_bytes > 0,
+        f"max_logits_bytes: given {max_logits_bytes}, wanted None or a positive number of bytes",
+    )
+    check_choice("backend", backend, BACKENDS)
+
+
+def check_labels(shift_labels: Tensor, rows_shape: torch.Size, V: int, ignore_index: int, device: torch.device) -> None:
+    check_integer("shift_labels", shift_labels)
+    require(
+        shift_labels.shape == rows_shape,
+        f"shift_labels: given shape {tuple(shift_labels.shape)}, wanted {tuple(rows_shape)} as hidden_states has rows",
+    )
+    check_device("shift_labels", shift_labels, device)
+    # On a GPU looking at a label would wait for the device: there an invalid label makes the loss NaN.
+    if shift_labels.device.type == "cpu":
+        wrong = (shift_labels != ignore_index) & ((shift_labels < 0) | (shift_labels >= V))
+        if bool(wrong.any()):
+            row = int(wrong.flatten().nonzero()[0])
+            raise ValueError(
+                f"shift_labels: given {int(shift_labels.flatten()[row])} at flat row {row}, "
+                f"wanted 0 <= label < {V} or ignore_index {ignore_index}"
+            )
+
+
+def check_teacher(teacher: object, rows_shape: torch.Size, V: int, device: torch.device, temperature: float) -> None:
+    from mind_kernels.teachers import TeacherHidden, TeacherLogits, TeacherTopK
+
+    if not isinstance(teacher, TeacherHidden | TeacherLogits | TeacherTopK):
+        raise TypeError(f"teacher: given {type(teacher).__name__}, wanted TeacherHidden, TeacherLogits or TeacherTopK")
+    require(
+        teacher.rows_shape == rows_shape,
+        f"teacher: given rows of shape {tuple(teacher.rows_shape)}, wanted {tuple(rows_shape)} as the student's",
+    )
+    check_device("teacher", teacher.tensor, device)
+    if isinstance(teacher, TeacherTopK):
+        require(
+            teacher.tail == "renormalize" or temperature == 1,
+            f"temperature: given {temperature} with tail='bucket', wanted 1 (log-probabilities at temperature 1 "
+            "say nothing of the tail at another) or tail='renormalize'",
+        )
+        if device.type == "cpu":
+            padded = torch.isneginf(teacher.logprobs)
+            wrong = ~padded & ((teacher.token_ids < 0) | (teacher.token_ids >= V))
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"teacher.token_ids: given {int(teacher.token_ids[wrong][0])}, wanted 0 <= id < V = {V}"
+                )
+        return
+    V_t = teacher.lm_head_weight.shape[0] if isinstance(teacher, TeacherHidden) else teacher.logits.shape[-1]
+    if teacher.vocab_size is None:
+        require(
+            V_t == V,
+            f"teacher: given a vocabulary of {V_t}, wanted the student's {V} "
+            "(for a padded vocabulary say vocab_size, the number of tokens both share)",
+        )
+    else:
+        require(
+            1 <= teacher.vocab_size <= min(V, V_t),
+            f"teacher.vocab_size: given {teacher.vocab_size}, wanted 1 to {min(V, V_t)}, "
+            f"the smaller of the student's V = {V} and the teacher's {V_t}",
+        )
+
+
+class Rationales(NamedTuple):
+    """Both layouts, flat: row n of (N, H) belongs to rationale rationale_id[n] of R."""
+
+    rationale_id: Tensor  # (N,) int64
+    weights: Tensor  # R weights, of shape losses_shape
+    losses_shape: torch.Size  # (B, K), (R,), … : the shape in which per-rationale losses are returned
+
+
+def resolve_rationales(
+    rows_shape: torch.Size, cu_seqlens: Tensor | None, rationale_weights: Tensor | None, device: torch.device
+) -> Rationales:
+    """Which rationale each row belongs to: cu_seqlens in the packed layout, the leading axes in the padded one."""
+    if rationale_weights is not None:
+        check_floating("rationale_weights", rationale_weights)
+        check_device("rationale_weights", rationale_weights, device)
+    if cu_seqlens is None:
+        lead, T = rows_shape[:-1], rows_shape[-1]
+        R = math.prod(lead)
+        if rationale_weights is not None:
+            require(
+                rationale_weights.shape == lead,
+                f"rationale_weights: given shape {tuple(rationale_weights.shape)}, "
+                f"wanted {tuple(lead)}, the leading axes of hidden_states",
+            )
+        return Rationales(
+            torch.arange(R, device=device).repeat_interleave(T), _weights_or_mean(rationale_weights, lead, device), lead
+        )
+
+    check_integer("cu_seqlens", cu_seqlens)
+    check_device("cu_seqlens", cu_seqlens, device)
+    require(
+        len(rows_shape) == 1,
+        f"hidden_states: given rows of shape {tuple(rows_shape)} with cu_seqlens, wanted packed rows (N, H)",
+    )
+    require(
+        cu_seqlens.ndim == 1 and cu_seqlens.numel() >= 2,
+        f"cu_seqlens: given shape {tuple(cu_seqlens.shape)}, wanted (R + 1,) with R >= 1",
+    )
+    N, R = rows_shape[0], cu_seqlens.numel() - 1
+    lengths = cu_seqlens.diff().long()
+    if device.type == "cpu":
+        require(
+            int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == N and bool((lengths >= 0).all()),
+            f"cu_seqlens: given {cu_seqlens[:4].tolist()}…{int(cu_seqlens[-1])}, wanted to rise from 0 to N = {N}",
+        )
+    if rationale_weights is not None:
+        require(
+            rationale_weights.numel() == R,
+            f"rationale_weights: given shape {tuple(rationale_weights.shape)}, wanted {R}, one for each segment",
+        )
+    shape = torch.Size((R,)) if rationale_weights is None else rationale_weights.shape
+    rationale_id = torch.arange(R, device=device).repeat_interleave(lengths, output_size=N)
+    return Rationales(rationale_id, _weights_or_mean(rationale_weights, shape, device), shape)
+
+
+def _weights_or_mean(rationale_weights: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
+    if rationale_weights is not None:
+        return rationale_weights
+    return torch.full(shape, 1 / max(math.prod(shape), 1), device=device)
+
+
+def check_question_weights(rationale_weights: Tensor) -> None:
+    check_floating("rationale_weights", rationale_weights)
+    require(
+        rationale_weights.ndim == 2,
+        f"rationale_weights: given shape {tuple(rationale_weights.shape)}, wanted (B, K)",
+    )
+
+
+def check_answer_index(answer_index: Tensor, rationale_weights: Tensor, N: int) -> None:
+    check_integer("answer_index", answer_index)
+    check_device("answer_index", answer_index, rationale_weights.device)
+    require(
+        answer_index.ndim == 3 and answer_index.shape[:2] == rationale_weights.shape,
+        f"answer_index: given shape {tuple(answer_index.shape)}, "
+        f"wanted (B, K, A) with (B, K) = {tuple(rationale_weights.shape)} as rationale_weights",
+    )
+    if answer_index.device.type == "cpu":
+        present = answer_index[answer_index != -1]
+        if bool(((present < 0) | (present >= N)).any()):
+            wrong = present[(present < 0) | (present >= N)]
+            raise ValueError(f"answer_index: given row {int(wrong[0])}, wanted 0 <= row < {N} or -1 for absent")
+        rows, counts = present.unique(return_counts=True)
+        if bool((counts > 1).any()):
+            raise ValueError(
+                f"answer_index: given row {int(rows[counts > 1][0])} more than once, wanted each row at most once"
+            )
+
+
+def resolve_num_questions(num_questions: int | Tensor | None, B: int) -> float:
+    if num_questions is None:
+        return float(max(B, 1))
+    if isinstance(num_questions, Tensor):
+        require(
+            num_questions.ndim == 0,
+            f"num_questions: given shape {tuple(num_questions.shape)}, wanted an int or a 0-d tensor",
+        )
+    value = float(num_questions)
+    require(value > 0 and math.isfinite(value), f"num_questions: given {value}, wanted a number above 0")
+    return value

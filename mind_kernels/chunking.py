@@ -1,0 +1,80 @@
+"""Which rows reach the head, in which order, and how many at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Large enough that the products stay products (1,024 rows at V = 262,144 in bf16), small beside the gradients.
+DEFAULT_MAX_LOGITS_BYTES = 512 * 2**20
+# Elementwise work goes over the logits in blocks that stay in a core's cache between its passes.
+BLOCK_ELEMENTS = 2**19
+
+
+class Rows(NamedTuple):
+    """Rows in the order of processing: answer groups first, other rows with a gradient, then forward-only rows."""
+
+    order: Tensor  # (n,) int64: flat row of hidden_states
+    group_offsets: list[int]  # groups are order[offsets[g]:offsets[g + 1]]; [0] when there is none
+    num_with_gradient: int  # order[:num_with_gradient] need a backward
+
+
+class Chunk(NamedTuple):
+    start: int
+    stop: int
+    needs_gradient: bool
+
+
+def order_rows(
+    is_supervised: Tensor,  # (N,) bool
+    has_gradient: Tensor,  # (N,) bool: supervised with a coefficient other than 0
+    groups: Sequence[Tensor],  # rows of one answer position each
+    groups_have_gradient: bool,
+) -> Rows:
+    """Compaction: rows that are neither supervised nor part of an answer group never reach the head."""
+    sizes = [len(rows) for rows in groups]
+    offsets = [0]
+    for size in sizes:
+        offsets.append(offsets[-1] + size)
+    grouped = torch.cat(list(groups)) if groups else is_supervised.new_empty(0, dtype=torch.int64)
+    rest = is_supervised.clone()
+    rest[grouped] = False
+    active = (rest & has_gradient).nonzero().squeeze(1)
+    passive = (rest & ~has_gradient).nonzero().squeeze(1)
+    order = torch.cat([grouped, active, passive])
+    with_gradient = len(active) + (len(grouped) if groups_have_gradient or len(active) else 0)
+    return Rows(order, offsets, with_gradient)
+
+
+def plan_chunks(rows: Rows, bytes_per_row: int, max_logits_bytes: int | None) -> list[Chunk]:
+    """Equal chunks within the budget; no answer group is split; rows with and without a gradient never share one."""
+    budget = DEFAULT_MAX_LOGITS_BYTES if max_logits_bytes is None else max_logits_bytes
+    n = len(rows.order)
+    largest_group = max((b - a for a, b in zip(rows.group_offsets, rows.group_offsets[1:], strict=False)), default=1)
+    most = budget // bytes_per_row
+    if n and most < largest_group:
+        raise ValueError(
+            f"max_logits_bytes: given {budget}, wanted at least {largest_group * bytes_per_row} "
+            f"({largest_group} rows of {bytes_per_row} bytes of logits that must be held together)"
+        )
+    chunks: list[Chunk] = []
+    starts = set(rows.group_offsets)
+    grouped = rows.group_offsets[-1]
+    for begin, end, needs_gradient in ((0, rows.num_with_gradient, True), (rows.num_with_gradient, n, False)):
+        total = end - begin
+        if not total:
+            continue
+        size = -(-total // -(-total // most))
+        start = begin
+        while start < end:
+            stop = min(start + size, end)
+            while stop < min(grouped, end) and stop not in starts:
+                stop -= 1
+            if stop <= start:  # a group larger than an even share but within the budget
+                stop = min(offset for offset in rows.group_offsets if offset > start)
+            chunks.append(Chunk(start, stop, needs_gradient))
+            start = stop
+    return chunks

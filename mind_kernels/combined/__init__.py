@@ -1,0 +1,198 @@
+"""mind_loss: cross-entropy, answer consistency and TA-weighted KL in one sweep over the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from mind_kernels.arguments import (
+    check_answer_index,
+    check_divergence,
+    check_head,
+    check_labels,
+    check_question_weights,
+    check_teacher,
+    require,
+    resolve_num_questions,
+    resolve_rationales,
+)
+from mind_kernels.teachers import Teacher
+from mind_kernels.torch_sweep import KLOptions, SweepOptions, linear_loss
+
+__all__ = ["MindLoss", "MindLossOutput", "mind_loss"]
+
+
+class MindLossOutput(NamedTuple):
+    """What mind_loss returns; see there."""
+
+    loss: Tensor  # () differentiable
+    cross_entropy: Tensor  # () detached
+    consistency: Tensor  # () detached
+    kl: Tensor  # () detached
+    rationale_losses: Tensor  # (B, K) detached, nats per token
+
+
+def mind_loss(
+    hidden_states: Tensor,  # (B, K, T, H), or (N, H) with cu_seqlens
+    lm_head_weight: Tensor,  # (V, H)
+    shift_labels: Tensor,  # (B, K, T), or (N,)
+    *,
+    rationale_weights: Tensor,  # (B, K)
+    cu_seqlens: Tensor | None = None,  # (B·K + 1,)
+    answer_index: Tensor | None = None,  # (B, K, A)
+    teacher: Teacher | None = None,
+    lm_head_bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    consistency_weight: float = 0.1,
+    kl_weight: float = 0.0,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    temperature_power: int = 2,
+    num_questions: int | Tensor | None = None,
+    max_logits_bytes: int | None = None,
+    backend: str = "auto",
+) -> MindLossOutput:
+    """The student's objective; each supervised row's logits are computed once for all its terms.
+
+        loss = 1/num_questions · Σ_b [ Σ_k α_bk·CE_bk + kl_weight·Σ_k α_bk·KL_bk
+                                       + consistency_weight·Σ_{i<j} α_bi α_bj·JSD(P_bi ‖ P_bj) ]
+
+    CE_bk and KL_bk are means over the rationale's supervised tokens, JSD the mean over the question's A answer
+    positions, P_bi the softmax of the logits that predict an answer token after rationale i. All in nats.
+
+    hidden_states: bf16, fp16, fp32 or fp64; padded (B, K, T, H), or packed (N, H) with cu_seqlens, where an absent or
+        unselected rationale is an empty segment.
+    lm_head_weight: (V, H), the dtype of hidden_states; under autocast any, and the products are in autocast's dtype.
+    shift_labels: int64/int32 in [0, V) or ignore_index, already aligned with hidden_states. On a GPU a label outside
+        makes the loss NaN, since an error would wait for the device.
+    rationale_weights: α, each question's weights sum to 1; 0 for a rationale that was not selected, which then costs a
+        forward only (nothing in an empty segment).
+    answer_index: flat row indices into hidden_states of the rows that predict the answer tokens, −1 = absent; None: no
+        consistency. A = the positions at which any rationale of the question is present.
+    teacher: TeacherHidden, TeacherLogits or TeacherTopK with rows as the student's; needed when kl_weight > 0.
+    logit_scale, logit_softcap: logits = softcap(logit_scale · (h Wᵀ + b)), softcap(z) = c·tanh(z/c).
+    divergence, beta, temperature, temperature_power: see fused_linear_kl.
+    num_questions: int or 0-d tensor; B by default, the questions of the whole optimiser step under accumulation.
+    max_logits_bytes: budget for the logits alive at once, 512 MiB by default; smaller is slower.
+    backend: "auto" | "torch".
+
+    Returns MindLossOutput: loss, a differentiable fp32 scalar (fp64 for fp64; in hidden_states, lm_head_weight,
+    lm_head_bias and rationale_weights); detached: cross_entropy, consistency and kl (the three sums above over
+    num_questions, before their weights) and rationale_losses (B, K), CE in nats per token, 0 without supervised tokens.
+
+    Peak extra memory: the gradients + max_logits_bytes (+ 4·V·H bytes of fp32 accumulator when 16-bit products need
+    more than one chunk).
+
+    Raises: ValueError or TypeError naming the argument, what was given and what is wanted.
+    Source: MIND (arXiv 2601.03717), equations as in this docstring.
+    """
+    check_question_weights(rationale_weights)
+    check_head(hidden_states, lm_head_weight, lm_head_bias, logit_scale, logit_softcap, max_logits_bytes, backend)
+    check_divergence(divergence, beta, temperature, temperature_power)
+    require(consistency_weight >= 0, f"consistency_weight: given {consistency_weight}, wanted a number of at least 0")
+    require(kl_weight >= 0, f"kl_weight: given {kl_weight}, wanted a number of at least 0")
+    rows_shape = hidden_states.shape[:-1]
+    V = lm_head_weight.shape[0]
+    check_labels(shift_labels, rows_shape, V, ignore_index, hidden_states.device)
+    rationales = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, hidden_states.device)
+    if answer_index is not None:
+        check_answer_index(answer_index, rationale_weights, rows_shape.numel())
+    require(teacher is not None or kl_weight == 0, f"teacher: given None with kl_weight {kl_weight}, wanted a teacher")
+    if teacher is not None:
+        check_teacher(teacher, rows_shape, V, hidden_states.device, temperature)
+    questions = resolve_num_questions(num_questions, rationale_weights.shape[0])
+    options = SweepOptions(
+        losses_shape=rationales.losses_shape,
+        cross_entropy_weight=1.0,
+        kl_weight=kl_weight,
+        consistency_weight=consistency_weight,
+        num_questions=questions,
+        labels=shift_labels.reshape(-1),
+        ignore_index=ignore_index,
+        rationale_id=rationales.rationale_id,
+        answer_index=answer_index if consistency_weight > 0 else None,
+        teacher=teacher if kl_weight > 0 else None,
+        kl=KLOptions(divergence, beta, temperature, temperature_power),
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        max_logits_bytes=max_logits_bytes,
+    )
+    losses = linear_loss(hidden_states, lm_head_weight, lm_head_bias, rationale_weights, options)
+    weights = rationale_weights.detach().to(losses.kl.dtype)
+    return MindLossOutput(
+        losses.loss,
+        (weights * losses.cross_entropy).sum() / questions,
+        losses.consistency,
+        (weights * losses.kl).sum() / questions,
+        losses.cross_entropy,
+    )
+
+
+class MindLoss(nn.Module):
+    """mind_loss with its settings kept: MindLoss(**settings)(hidden_states, lm_head_weight, shift_labels, *, tensors…).
+
+    Settings and tensors have the names and defaults of mind_loss; tensors are given to forward.
+    """
+
+    def __init__(
+        self,
+        *,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+        ignore_index: int = -100,
+        consistency_weight: float = 0.1,
+        kl_weight: float = 0.0,
+        divergence: str = "forward",
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        temperature_power: int = 2,
+        max_logits_bytes: int | None = None,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.settings: dict[str, Any] = {
+            "logit_scale": logit_scale,
+            "logit_softcap": logit_softcap,
+            "ignore_index": ignore_index,
+            "consistency_weight": consistency_weight,
+            "kl_weight": kl_weight,
+            "divergence": divergence,
+            "beta": beta,
+            "temperature": temperature,
+            "temperature_power": temperature_power,
+            "max_logits_bytes": max_logits_bytes,
+            "backend": backend,
+        }
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        lm_head_weight: Tensor,
+        shift_labels: Tensor,
+        *,
+        rationale_weights: Tensor,
+        cu_seqlens: Tensor | None = None,
+        answer_index: Tensor | None = None,
+        teacher: Teacher | None = None,
+        lm_head_bias: Tensor | None = None,
+        num_questions: int | Tensor | None = None,
+    ) -> MindLossOutput:
+        return mind_loss(
+            hidden_states,
+            lm_head_weight,
+            shift_labels,
+            rationale_weights=rationale_weights,
+            cu_seqlens=cu_seqlens,
+            answer_index=answer_index,
+            teacher=teacher,
+            lm_head_bias=lm_head_bias,
+            num_questions=num_questions,
+            **self.settings,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())

@@ -1,0 +1,120 @@
+"""fused_linear_cross_entropy: the head and the cross-entropy of weighted rationales without an (N, V) tensor."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mind_kernels.arguments import REDUCTIONS, check_choice, check_head, check_labels, resolve_rationales
+from mind_kernels.torch_sweep import SweepOptions, linear_loss
+
+__all__ = ["FusedLinearCrossEntropy", "fused_linear_cross_entropy"]
+
+
+def fused_linear_cross_entropy(
+    hidden_states: Tensor,  # (..., T, H), or (N, H) with cu_seqlens
+    lm_head_weight: Tensor,  # (V, H)
+    shift_labels: Tensor,  # (..., T), or (N,)
+    *,
+    rationale_weights: Tensor | None = None,  # (...), or (R,) or (B, K) with cu_seqlens
+    cu_seqlens: Tensor | None = None,  # (R + 1,)
+    lm_head_bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    max_logits_bytes: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Σ_r w_r·CE_r over rationales, with logits made and consumed chunk by chunk.
+
+        CE_r = 1/n_r Σ_t −log softmax(z_t)[y_t],   z = softcap(logit_scale · (h Wᵀ + b)),   softcap(z) = c·tanh(z/c)
+
+    over the n_r supervised tokens (label ≠ ignore_index) of rationale r; reduction "sum" leaves out 1/n_r.
+
+    hidden_states: bf16, fp16, fp32 or fp64. Padded: any leading axes, the last of them time; a plain (N, H) is one
+        rationale of weight 1. Packed: (N, H) with cu_seqlens.
+    lm_head_weight: (V, H), the dtype of hidden_states; under autocast any, and the products are in autocast's dtype.
+        Tied embeddings and a frozen head (requires_grad False: its gradient is not computed) work as they are.
+    shift_labels: int64/int32 in [0, V) or ignore_index, already aligned with hidden_states. On a GPU a label outside
+        makes the loss NaN, since an error would wait for the device.
+    rationale_weights: w, used exactly as given; 1/R each by default. 0 costs a forward only.
+    cu_seqlens: int32/int64, segment r is rows cu_seqlens[r] to cu_seqlens[r + 1]; an empty segment has loss 0.
+    logit_scale, logit_softcap: see the formula; None for no cap.
+    max_logits_bytes: budget for the logits alive at once, 512 MiB by default; smaller is slower.
+    backend: "auto" | "torch".
+
+    Returns (loss, rationale_losses): a scalar, differentiable in hidden_states, lm_head_weight, lm_head_bias and
+    rationale_weights; and the detached CE_r in nats per token, in the shape of the weights, 0 for a rationale without a
+    supervised token. Both fp32 (fp64 for fp64).
+
+    Peak extra memory: the gradients + max_logits_bytes (+ 4·V·H bytes of fp32 accumulator when 16-bit products need
+    more than one chunk). Without a gradient: max_logits_bytes.
+
+    Raises: ValueError or TypeError naming the argument, what was given and what is wanted.
+    Source: gradients in the forward pass follow from the loss's linearity; derivation in this folder's README.md.
+    """
+    check_head(hidden_states, lm_head_weight, lm_head_bias, logit_scale, logit_softcap, max_logits_bytes, backend)
+    check_choice("reduction", reduction, REDUCTIONS)
+    rows_shape = hidden_states.shape[:-1]
+    check_labels(shift_labels, rows_shape, lm_head_weight.shape[0], ignore_index, hidden_states.device)
+    rationales = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, hidden_states.device)
+    options = SweepOptions(
+        losses_shape=rationales.losses_shape,
+        cross_entropy_weight=1.0,
+        labels=shift_labels.reshape(-1),
+        ignore_index=ignore_index,
+        rationale_id=rationales.rationale_id,
+        reduction=reduction,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        max_logits_bytes=max_logits_bytes,
+    )
+    losses = linear_loss(hidden_states, lm_head_weight, lm_head_bias, rationales.weights, options)
+    return losses.loss, losses.cross_entropy
+
+
+class FusedLinearCrossEntropy(nn.Module):
+    """fused_linear_cross_entropy with its settings kept; tensors go to forward, names and defaults are those there."""
+
+    def __init__(
+        self,
+        *,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        max_logits_bytes: int | None = None,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.logit_scale = logit_scale
+        self.logit_softcap = logit_softcap
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.max_logits_bytes = max_logits_bytes
+        self.backend = backend
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        lm_head_weight: Tensor,
+        shift_labels: Tensor,
+        *,
+        rationale_weights: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        lm_head_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return fused_linear_cross_entropy(
+            hidden_states,
+            lm_head_weight,
+            shift_labels,
+            rationale_weights=rationale_weights,
+            cu_seqlens=cu_seqlens,
+            lm_head_bias=lm_head_bias,
+            logit_scale=self.logit_scale,
+            logit_softcap=self.logit_softcap,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            max_logits_bytes=self.max_logits_bytes,
+            backend=self.backend,
+        )

@@ -1,0 +1,147 @@
+"""fused_linear_kl: the head and a TA-weighted divergence from a teacher without an (N, V) tensor."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mind_kernels.arguments import (
+    REDUCTIONS,
+    check_choice,
+    check_divergence,
+    check_head,
+    check_labels,
+    check_teacher,
+    resolve_rationales,
+)
+from mind_kernels.teachers import Teacher
+from mind_kernels.torch_sweep import KLOptions, SweepOptions, linear_loss
+
+__all__ = ["FusedLinearKL", "fused_linear_kl"]
+
+
+def fused_linear_kl(
+    hidden_states: Tensor,  # (..., T, H), or (N, H) with cu_seqlens
+    lm_head_weight: Tensor,  # (V, H)
+    teacher: Teacher,
+    shift_labels: Tensor,  # (..., T), or (N,)
+    *,
+    rationale_weights: Tensor | None = None,  # (...), or (R,) or (B, K) with cu_seqlens
+    cu_seqlens: Tensor | None = None,  # (R + 1,)
+    divergence: str = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    temperature_power: int = 2,
+    lm_head_bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    max_logits_bytes: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Σ_r w_r·D_r,  D_r = 1/n_r Σ_t τ^p · D(teacher_t, student_t) over the supervised rows of rationale r.
+
+    With t = softmax(teacher logits/τ), s = softmax(student logits/τ), M = (1−β)s + βt:
+
+        divergence "forward"   KL(t ‖ s)
+                   "reverse"   KL(s ‖ t)
+                   "jsd"       β·KL(t ‖ M) + (1−β)·KL(s ‖ M),  0 < β < 1
+
+    teacher: TeacherHidden (both heads projected chunk by chunk), TeacherLogits or TeacherTopK, rows as the student's;
+        never differentiated.
+    shift_labels: only say which rows count (label ≠ ignore_index); values as in fused_linear_cross_entropy.
+    temperature: τ > 0, both sides. temperature_power: p, 0 or 2.
+    The other arguments, the memory and the errors are those of fused_linear_cross_entropy; TeacherHidden needs room for
+    both rows of logits within max_logits_bytes.
+
+    Returns (loss, rationale_losses): a scalar, differentiable in hidden_states, lm_head_weight, lm_head_bias and
+    rationale_weights; and the detached D_r in nats per token (τ^p included), in the shape of the weights.
+
+    Raises: ValueError or TypeError naming the argument, what was given and what is wanted.
+    Source: Hinton et al. 2015 (arXiv 1503.02531) for τ², Agarwal et al. 2024 (arXiv 2306.13649) for JSD_β; gradients in
+    this folder's README.md.
+    """
+    check_head(hidden_states, lm_head_weight, lm_head_bias, logit_scale, logit_softcap, max_logits_bytes, backend)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_divergence(divergence, beta, temperature, temperature_power)
+    rows_shape = hidden_states.shape[:-1]
+    V = lm_head_weight.shape[0]
+    check_teacher(teacher, rows_shape, V, hidden_states.device, temperature)
+    check_labels(shift_labels, rows_shape, V, ignore_index, hidden_states.device)
+    rationales = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, hidden_states.device)
+    options = SweepOptions(
+        losses_shape=rationales.losses_shape,
+        kl_weight=1.0,
+        labels=shift_labels.reshape(-1),
+        ignore_index=ignore_index,
+        rationale_id=rationales.rationale_id,
+        reduction=reduction,
+        teacher=teacher,
+        kl=KLOptions(divergence, beta, temperature, temperature_power),
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        max_logits_bytes=max_logits_bytes,
+    )
+    losses = linear_loss(hidden_states, lm_head_weight, lm_head_bias, rationales.weights, options)
+    return losses.loss, losses.kl
+
+
+class FusedLinearKL(nn.Module):
+    """fused_linear_kl with its settings kept; tensors go to forward, names and defaults are the function's."""
+
+    def __init__(
+        self,
+        *,
+        divergence: str = "forward",
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        temperature_power: int = 2,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        max_logits_bytes: int | None = None,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.divergence = divergence
+        self.beta = beta
+        self.temperature = temperature
+        self.temperature_power = temperature_power
+        self.logit_scale = logit_scale
+        self.logit_softcap = logit_softcap
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.max_logits_bytes = max_logits_bytes
+        self.backend = backend
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        lm_head_weight: Tensor,
+        teacher: Teacher,
+        shift_labels: Tensor,
+        *,
+        rationale_weights: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        lm_head_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return fused_linear_kl(
+            hidden_states,
+            lm_head_weight,
+            teacher,
+            shift_labels,
+            rationale_weights=rationale_weights,
+            cu_seqlens=cu_seqlens,
+            divergence=self.divergence,
+            beta=self.beta,
+            temperature=self.temperature,
+            temperature_power=self.temperature_power,
+            lm_head_bias=lm_head_bias,
+            logit_scale=self.logit_scale,
+            logit_softcap=self.logit_softcap,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            max_logits_bytes=self.max_logits_bytes,
+            backend=self.backend,
+        )

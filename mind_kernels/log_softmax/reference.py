@@ -1,0 +1,11 @@
+"""multi_rationale_log_softmax by its formula."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reference_log_softmax(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    z = logits / temperature
+    return z - torch.log(torch.exp(z - z.amax(-1, keepdim=True)).sum(-1, keepdim=True)) - z.amax(-1, keepdim=True)

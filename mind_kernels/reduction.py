@@ -1,0 +1,44 @@
+"""From rows to rationales and back: Σ_r w_r·L_r with L_r a mean or a sum over the rationale's supervised rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums, losses and log-sum-exps are fp32, for fp64 inputs fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class RationaleReduction:
+    """weight (N,): ∂(Σ_r w_r·L_r)/∂(loss of row n), 0 for a row that is not supervised.
+
+    A rationale without a supervised row has L_r = 0.
+    """
+
+    def __init__(
+        self,
+        rationale_weights: Tensor,  # (R,) statistics dtype
+        rationale_id: Tensor,  # (N,)
+        supervised: Tensor,  # (N,) bool
+        reduction: str,
+    ):
+        self.rationale_id = rationale_id
+        self.num_rationales = len(rationale_weights)
+        self.divisor = None
+        if reduction == "mean":
+            count = torch.zeros_like(rationale_weights).index_add_(
+                0, rationale_id, supervised.to(rationale_weights.dtype)
+            )
+            self.divisor = count.clamp_(min=1)  # n_r
+            rationale_weights = rationale_weights / self.divisor
+        self.weight = rationale_weights[rationale_id] * supervised
+
+    def __call__(
+        self,
+        row_losses: Tensor,  # (n,) of supervised rows
+        rows: Tensor,  # (n,) which rows of the N they are
+    ) -> Tensor:  # (R,)
+        losses = row_losses.new_zeros(self.num_rationales).index_add_(0, self.rationale_id[rows], row_losses)
+        return losses if self.divisor is None else losses / self.divisor

@@ -1,0 +1,157 @@
+"""A teacher's rows against a student's logits: the divergence and its gradient, for each form a teacher comes in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mind_kernels.divergences import divergence_and_gradient
+from mind_kernels.teachers import Teacher, TeacherHidden, TeacherLogits, TeacherTopK
+
+NEG = -1.0e4  # stands for the log of 0 in padded top-k entries: exp(NEG) is exactly 0 and NEG − NEG is not NaN
+
+
+@dataclass(frozen=True)
+class KLOptions:
+    divergence: str = "forward"
+    beta: float = 0.5
+    temperature: float = 1.0
+    temperature_power: int = 2
+
+    @property
+    def loss_scale(self) -> float:  # τ_kd^p
+        return self.temperature**self.temperature_power
+
+
+def project(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
+) -> Tensor:  # (m, H) @ (H, V) -> (m, V)
+    if bias is None:
+        return torch.mm(hidden_states, weight.t(), out=out)
+    return torch.addmm(bias, hidden_states, weight.t(), out=out)
+
+
+def apply_head_(z: Tensor, logit_scale: float, logit_softcap: float | None) -> None:
+    """z ← softcap(logit_scale · z), softcap(z) = c·tanh(z/c)."""
+    if logit_softcap is None:
+        if logit_scale != 1.0:
+            z.mul_(logit_scale)
+    else:
+        z.mul_(logit_scale / logit_softcap).tanh_().mul_(logit_softcap)
+
+
+def log_softmax_(z: Tensor, temperature: float) -> Tensor:
+    """log softmax(z / temperature) over the last axis, written over z."""
+    if temperature != 1.0:
+        z.div_(temperature)
+    return z.sub_(torch.logsumexp(z, -1, keepdim=True))
+
+
+def topk_log_probs(
+    teacher_log_probs: Tensor,  # (m, k) at temperature 1, −inf padded
+    tail: str,
+    temperature: float,
+) -> Tensor:  # (m, k + 1) for a bucket, (m, k) renormalised
+    """The teacher's distribution over its support (and the tail bucket, log(1 − Σp)); padding becomes NEG."""
+    padded = torch.isneginf(teacher_log_probs)
+    if bool(padded.all(-1).any()):
+        raise ValueError("teacher.logprobs: given a row of only -inf, wanted at least one token in each")
+    if tail == "renormalize":
+        return torch.log_softmax(teacher_log_probs / temperature, -1).masked_fill_(padded, NEG)
+    total = torch.logsumexp(teacher_log_probs, -1, keepdim=True)
+    if bool((total > 0.01).any()):
+        raise ValueError(
+            f"teacher.logprobs: given a row whose probabilities sum to {float(total.max().exp()):.4f}, wanted at most 1"
+        )
+    rest = torch.log(-torch.expm1(total.clamp(max=0.0)))  # log(1 − Σp), −inf where nothing is left
+    return torch.cat([teacher_log_probs.masked_fill(padded, NEG), rest.clamp_(min=NEG)], -1)
+
+
+def topk_divergence(
+    z: Tensor,  # (m, V) logits
+    token_ids: Tensor,  # (m, k)
+    teacher_log_probs: Tensor,  # (m, k) −inf padded
+    tail: str,
+    options: KLOptions,
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:  # (m,), (m, V)
+    """D over the support plus tail bucket and dD/dz; the teacher's dense row is never built.
+
+    The tail's gradient is spread by the student's own probabilities: du/dz_v = p_v / p_tail, u the bucket's logit.
+    p_tail is summed with the support taken out, since 1 − Σp loses all digits of a small tail.
+    """
+    padded = torch.isneginf(teacher_log_probs)
+    # A padded id points at its row's first real one: gathered and put back, it changes nothing.
+    first = (~padded).to(torch.int8).argmax(-1, keepdim=True)
+    ids = torch.where(padded, token_ids.gather(-1, first), token_ids).long()
+    log_teacher = topk_log_probs(teacher_log_probs, tail, options.temperature)
+    z_support = z.gather(-1, ids)
+    if tail == "renormalize":
+        log_student = torch.log_softmax((z_support / options.temperature).masked_fill_(padded, NEG), -1)
+        log_student.masked_fill_(padded, NEG)
+        loss, grad_support = divergence_and_gradient(
+            log_teacher, log_student, options.divergence, options.beta, need_gradient
+        )
+        if grad_support is None:
+            return loss, None
+        return loss, torch.zeros_like(z).scatter_add_(-1, ids, grad_support.div_(options.temperature))
+
+    row_max = z.amax(-1, keepdim=True)
+    p = torch.sub(z, row_max).exp_()
+    p_support = p.gather(-1, ids).masked_fill_(padded, 0.0)
+    p.scatter_(-1, ids, 0.0)
+    p_tail = p.sum(-1, keepdim=True)
+    lse = row_max + torch.log(p_tail + p_support.sum(-1, keepdim=True))
+    log_student = torch.cat(
+        [(z_support - lse).masked_fill_(padded, NEG), (torch.log(p_tail) + row_max - lse).clamp_(min=NEG)], -1
+    )
+    loss, grad_buckets = divergence_and_gradient(
+        log_teacher, log_student, options.divergence, options.beta, need_gradient
+    )
+    if grad_buckets is None:
+        return loss, None
+    share = torch.where(p_tail > 0, grad_buckets[:, -1:] / p_tail, torch.zeros_like(p_tail))
+    return loss, p.mul_(share).scatter_add_(-1, ids, grad_buckets[:, :-1].masked_fill(padded, 0.0))
+
+
+class TeacherRows:
+    """The teacher's side of one chunk: projected at once for TeacherHidden, gathered block by block otherwise."""
+
+    def __init__(self, teacher: Teacher, options: KLOptions, index: Tensor, buffer: Tensor | None):
+        self.teacher, self.options, self.index = teacher, options, index
+        if isinstance(teacher, TeacherHidden):
+            assert buffer is not None
+            rows = teacher.hidden_states.reshape(-1, teacher.hidden_states.shape[-1])[index]
+            self.logits = project(rows, teacher.lm_head_weight, teacher.lm_head_bias, buffer[: len(index)])
+
+    def divergence(
+        self,
+        z: Tensor,  # (m, V) final logits, statistics dtype; left as they are
+        start: int,  # of these rows within the chunk
+        stop: int,
+        need_gradient: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # τ^p·D (m,), τ^p·dD/dz (m, V)
+        options, teacher, dtype = self.options, self.teacher, z.dtype
+        if isinstance(teacher, TeacherTopK):
+            rows = self.index[start:stop]
+            ids = teacher.token_ids.reshape(-1, teacher.token_ids.shape[-1])[rows]
+            log_probs = teacher.logprobs.reshape(-1, teacher.logprobs.shape[-1])[rows].to(dtype)
+            loss, grad = topk_divergence(z, ids, log_probs, teacher.tail, options, need_gradient)
+            return loss.mul_(options.loss_scale), None if grad is None else grad.mul_(options.loss_scale)
+
+        V = z.shape[-1] if teacher.vocab_size is None else teacher.vocab_size
+        if isinstance(teacher, TeacherLogits):
+            logits = teacher.logits.reshape(-1, teacher.logits.shape[-1])[self.index[start:stop], :V].to(dtype)
+        else:
+            logits = self.logits[start:stop, :V].to(dtype, copy=True)
+            apply_head_(logits, teacher.logit_scale, teacher.logit_softcap)
+        log_teacher = log_softmax_(logits, options.temperature)
+        log_student = log_softmax_(z[:, :V].clone(), options.temperature)
+        loss, grad = divergence_and_gradient(log_teacher, log_student, options.divergence, options.beta, need_gradient)
+        loss = loss.mul_(options.loss_scale)
+        if grad is None:
+            return loss, None
+        grad.mul_(options.loss_scale / options.temperature)
+        return loss, grad if z.shape[-1] == V else torch.nn.functional.pad(grad, (0, z.shape[-1] - V))

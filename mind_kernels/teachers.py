@@ -1,0 +1,127 @@
+"""The three forms in which a teacher's next-token distributions reach the KL losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mind_kernels.arguments import check_floating, check_scale_and_softcap, require
+
+
+@dataclass(frozen=True)
+class TeacherHidden:
+    """Teacher distributions as last hidden states and a head, projected chunk by chunk beside the student's.
+
+    logits = softcap(logit_scale · (hidden_states @ lm_head_weightᵀ + lm_head_bias))
+
+    hidden_states: (..., H_t), leading axes those of the student's hidden states; bf16, fp16, fp32 or fp64.
+    lm_head_weight: (V_t, H_t), same dtype. H_t may differ from the student's H.
+    lm_head_bias: (V_t,) or None.
+    logit_scale, logit_softcap: as for the student, but the teacher's own.
+    vocab_size: both distributions are restricted to the first `vocab_size` tokens (for padded vocabularies);
+        None requires V_t to equal the student's V.
+    """
+
+    hidden_states: Tensor
+    lm_head_weight: Tensor
+    lm_head_bias: Tensor | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_floating("teacher.hidden_states", self.hidden_states)
+        check_floating("teacher.lm_head_weight", self.lm_head_weight)
+        require(
+            self.lm_head_weight.ndim == 2 and self.hidden_states.shape[-1] == self.lm_head_weight.shape[1],
+            f"teacher.lm_head_weight: given shape {tuple(self.lm_head_weight.shape)}, "
+            f"wanted (V_t, {self.hidden_states.shape[-1]}) to match teacher.hidden_states",
+        )
+        if self.hidden_states.dtype != self.lm_head_weight.dtype:
+            raise TypeError(
+                f"teacher.lm_head_weight: given {self.lm_head_weight.dtype}, "
+                f"wanted {self.hidden_states.dtype} as teacher.hidden_states"
+            )
+        if self.lm_head_bias is not None:
+            check_floating("teacher.lm_head_bias", self.lm_head_bias)
+            require(
+                self.lm_head_bias.shape == self.lm_head_weight.shape[:1],
+                f"teacher.lm_head_bias: given shape {tuple(self.lm_head_bias.shape)}, "
+                f"wanted ({self.lm_head_weight.shape[0]},)",
+            )
+        check_scale_and_softcap("teacher.", self.logit_scale, self.logit_softcap)
+
+    @property
+    def rows_shape(self) -> torch.Size:
+        return self.hidden_states.shape[:-1]
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.hidden_states
+
+
+@dataclass(frozen=True)
+class TeacherLogits:
+    """Teacher distributions as dense logits at temperature 1.
+
+    logits: (..., V_t), leading axes those of the student's hidden states; unnormalised or log-probabilities.
+        −inf marks a token the teacher excludes: forward KL and JSD take it as probability 0, reverse KL is infinite.
+    vocab_size: as in TeacherHidden.
+    """
+
+    logits: Tensor
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_floating("teacher.logits", self.logits)
+
+    @property
+    def rows_shape(self) -> torch.Size:
+        return self.logits.shape[:-1]
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.logits
+
+
+@dataclass(frozen=True)
+class TeacherTopK:
+    """Teacher distributions as the k most probable tokens of each position, as inference servers return them.
+
+    token_ids: (..., k) int64 or int32, distinct within a row.
+    logprobs: (..., k) log-probabilities (nats) at temperature 1. −inf pads a short row; the id beside it is ignored.
+    tail: "bucket" adds one bucket of probability 1 − Σp to both distributions (needs temperature 1);
+        "renormalize" restricts both distributions to the support and renormalises them.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor
+    tail: str = "bucket"
+
+    def __post_init__(self) -> None:
+        check_floating("teacher.logprobs", self.logprobs)
+        if self.token_ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"teacher.token_ids: given {self.token_ids.dtype}, wanted torch.int64 or torch.int32")
+        require(
+            self.token_ids.shape == self.logprobs.shape and self.token_ids.ndim >= 1,
+            f"teacher.logprobs: given shape {tuple(self.logprobs.shape)}, "
+            f"wanted {tuple(self.token_ids.shape)} as teacher.token_ids",
+        )
+        require(self.token_ids.shape[-1] >= 1, "teacher.token_ids: given k = 0 tokens a row, wanted at least 1")
+        require(
+            self.tail in ("bucket", "renormalize"),
+            f"teacher.tail: given {self.tail!r}, wanted 'bucket' or 'renormalize'",
+        )
+
+    @property
+    def rows_shape(self) -> torch.Size:
+        return self.token_ids.shape[:-1]
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.logprobs
+
+
+Teacher = TeacherHidden | TeacherLogits | TeacherTopK
