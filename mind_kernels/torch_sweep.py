@@ -17,14 +17,14 @@ for a TeacherHidden; peak extra memory: the gradients + max_logits_bytes (+ 4·V
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mind_kernels.chunking import BLOCK_ELEMENTS, Chunk, order_rows, plan_chunks
+from mind_kernels.chunking import BLOCK_ELEMENTS, Chunk, Rows, order_rows, plan_chunks
 from mind_kernels.divergences import pairwise_jsd_and_gradient
 from mind_kernels.reduction import RationaleReduction, statistics_dtype
 from mind_kernels.teacher_rows import KLOptions, TeacherRows, apply_head_, project
@@ -90,24 +90,36 @@ def _answer_groups(answer_index: Tensor, weights: Tensor, all_pairs: bool) -> _G
     return groups
 
 
-class _RowTerms(NamedTuple):
-    """Per row, in processing order: the label and the loss's derivative by this row's CE and KL."""
+class _Terms(NamedTuple):
+    """Per row, in processing order: the label and the derivative of the loss by this row's CE and KL."""
 
     labels: Tensor  # (n,) 0 where not supervised
-    invalid: Tensor | None  # (n,) bool: label outside [0, V) (on devices where it is not an error)
+    invalid: Tensor | None  # (n,) bool: label outside [0, V), on devices where that is not an error
     cross_entropy: Tensor  # (n,)
     kl: Tensor | None  # (n,)
+
+    def rows(self, start: int, stop: int) -> _Terms:
+        block = slice(start, stop)
+        invalid = None if self.invalid is None else self.invalid[block]
+        kl = None if self.kl is None else self.kl[block]
+        return _Terms(self.labels[block], invalid, self.cross_entropy[block], kl)
+
+
+class _BlockLosses(NamedTuple):
+    cross_entropy: Tensor | None  # (m,)
+    kl: Tensor | None  # (m,)
+    jsd: Tensor | None  # (m, m)
 
 
 def _block_losses(
     z: Tensor,  # (m, V) statistics dtype: the raw product; overwritten with ∂loss/∂product when need_gradient
-    terms: _RowTerms,  # of these rows
+    terms: _Terms,  # of these rows
     options: SweepOptions,
     teacher_rows: TeacherRows | None,
     start: int,  # of these rows within the chunk
     pair_weights: Tensor | None,  # (m, m) when these rows are one answer position
     need_gradient: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # CE (m,), KL (m,), JSD (m, m)
+) -> _BlockLosses:
     apply_head_(z, options.logit_scale, options.logit_softcap)
     softcap_slope = None
     if need_gradient and options.logit_softcap is not None:
@@ -135,10 +147,10 @@ def _block_losses(
             z.mul_(softcap_slope)
         if options.logit_scale != 1.0:
             z.mul_(options.logit_scale)
-    return cross_entropy, kl, jsd
+    return _BlockLosses(cross_entropy, kl, jsd)
 
 
-def _cross_entropy_(z: Tensor, terms: _RowTerms, need_gradient: bool) -> Tensor:  # (m, V) -> (m,)
+def _cross_entropy_(z: Tensor, terms: _Terms, need_gradient: bool) -> Tensor:  # (m, V) -> (m,)
     """CE = lse(z) − z_y per row; z ← coefficient·(softmax(z) − onehot(y)) when need_gradient."""
     labels = terms.labels.unsqueeze(-1)
     z_label = z.gather(-1, labels)
@@ -186,6 +198,89 @@ class _WeightGradient:
         return self.total.zero_().to(dtype) if self.empty else self.total.to(dtype)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """Which rows, in which order, with which coefficients."""
+
+    rows: Rows
+    is_supervised: Tensor  # (n,) bool
+    terms: _Terms
+    groups: _Groups
+    pair_weights: Tensor | None  # (B, K, K): ∂loss/∂(Σ over the question's positions of JSD_ij)
+    reduce: RationaleReduction | None
+    gradient_scale: float  # coefficients and gradients are of loss / gradient_scale
+
+
+def _plan(
+    N: int,
+    V: int,
+    weights: Tensor,  # (R,) statistics dtype
+    options: SweepOptions,
+    compute_dtype: torch.dtype,
+    need_gradient: bool,
+    need_grad_rationale_weights: bool,
+) -> _Plan:
+    device = weights.device
+    supervised = torch.zeros(N, dtype=torch.bool, device=device)
+    has_gradient = supervised
+    reduce = None
+    if options.labels is not None:
+        assert options.rationale_id is not None
+        supervised = options.labels != options.ignore_index
+        per_question = weights / options.num_questions
+        reduce = RationaleReduction(per_question, options.rationale_id, supervised, options.reduction)
+        has_gradient = reduce.weight != 0 if need_gradient else has_gradient
+
+    groups = _Groups([], [], [], [])
+    pair_weights = None
+    if options.answer_index is not None:
+        alpha = weights.view(options.answer_index.shape[:2])
+        groups = _answer_groups(options.answer_index, alpha, need_grad_rationale_weights)
+        # ∂loss/∂JSD_ij at one position: consistency_weight·α_i α_j / (A·num_questions)
+        positions = alpha.new_tensor(groups.num_positions).clamp_(min=1).view(-1, 1, 1)
+        scale = options.consistency_weight / options.num_questions
+        pair_weights = scale * alpha.unsqueeze(2) * alpha.unsqueeze(1) / positions
+    rows = order_rows(supervised, has_gradient, groups.rows, groups_have_gradient=need_gradient)
+
+    is_supervised = supervised[rows.order]
+    cross_entropy = torch.zeros(len(rows.order), dtype=weights.dtype, device=device)
+    labels = torch.zeros(len(rows.order), dtype=torch.int64, device=device)
+    invalid = kl = None
+    if options.labels is not None and reduce is not None:
+        labels = torch.where(is_supervised, options.labels[rows.order], 0).long()
+        if device.type != "cpu":
+            invalid = (labels < 0) | (labels >= V)
+            labels = labels.masked_fill(invalid, 0)
+        row_weight = reduce.weight[rows.order]
+        cross_entropy = options.cross_entropy_weight * row_weight
+        kl = options.kl_weight * row_weight if options.teacher is not None else None
+
+    # fp16 has no room for coefficients of 1/N: they are divided by the largest, which backward multiplies in.
+    gradient_scale = 1.0
+    if compute_dtype == torch.float16 and len(rows.order) > 0:
+        coefficients = [c for c in (cross_entropy, kl, pair_weights) if c is not None]
+        gradient_scale = max(float(c.abs().max()) for c in coefficients) or 1.0
+        cross_entropy = cross_entropy / gradient_scale
+        kl = None if kl is None else kl / gradient_scale
+        pair_weights = None if pair_weights is None else pair_weights / gradient_scale
+    terms = _Terms(labels, invalid, cross_entropy, kl)
+    return _Plan(rows, is_supervised, terms, groups, pair_weights, reduce, gradient_scale)
+
+
+def _blocks(chunk: Chunk, group_offsets: list[int], block_rows: int) -> Iterator[tuple[int, int, int | None]]:
+    """(start, stop, group) in processing order: each answer group by itself, then block_rows at a time."""
+    start = chunk.start
+    while start < chunk.stop:
+        if start < group_offsets[-1]:
+            group = group_offsets.index(start)
+            stop = group_offsets[group + 1]
+            yield start, stop, group
+        else:
+            stop = min(start + block_rows, chunk.stop)
+            yield start, stop, None
+        start = stop
+
+
 def sweep(
     hidden_states: Tensor,  # (N, H)
     lm_head_weight: Tensor,  # (V, H)
@@ -198,158 +293,79 @@ def sweep(
     """The losses, and the gradients that needs_input_grad asks for. See the head of this file."""
     need_grad_hidden_states, need_grad_weight, need_grad_bias, need_grad_rationale_weights = needs_input_grad
     need_gradient = need_grad_hidden_states or need_grad_weight or need_grad_bias
-    N, H = hidden_states.shape
-    V = lm_head_weight.shape[0]
-    device, dtype = hidden_states.device, compute_dtype
-    stats = statistics_dtype(dtype)
+    (N, H), V = hidden_states.shape, lm_head_weight.shape[0]
+    device, stats = hidden_states.device, statistics_dtype(compute_dtype)
     weights = rationale_weights.detach().reshape(-1).to(stats)
+    plan = _plan(N, V, weights, options, compute_dtype, need_gradient, need_grad_rationale_weights)
+    rows, groups = plan.rows, plan.groups
 
-    supervised = torch.zeros(N, dtype=torch.bool, device=device)
-    reduce = None
-    if options.labels is not None:
-        assert options.rationale_id is not None
-        supervised = options.labels != options.ignore_index
-        reduce = RationaleReduction(
-            weights / options.num_questions, options.rationale_id, supervised, options.reduction
-        )
-
-    groups = _Groups([], [], [], [])
-    groups_have_gradient = False
-    pair_scale = None
-    if options.answer_index is not None:
-        B, K, _ = options.answer_index.shape
-        groups = _answer_groups(options.answer_index, weights.view(B, K), need_grad_rationale_weights)
-        groups_have_gradient = need_gradient and options.consistency_weight != 0 and bool(groups.rows)
-        alpha = weights.view(B, K)
-        # ∂loss/∂JSD_ij at one position: λ α_i α_j / (A · num_questions)
-        pair_scale = options.consistency_weight / options.num_questions * alpha.unsqueeze(2) * alpha.unsqueeze(1)
-
-    has_gradient = torch.zeros_like(supervised)
-    if reduce is not None and need_gradient:
-        has_gradient = reduce.weight != 0
-    rows = order_rows(supervised, has_gradient, groups.rows, groups_have_gradient)
-    n = len(rows.order)
-
-    ce_coefficient = torch.zeros(n, dtype=stats, device=device)
-    labels = torch.zeros(n, dtype=torch.int64, device=device)
-    invalid = kl_coefficient = None
-    is_supervised = supervised[rows.order]
-    if options.labels is not None and reduce is not None:
-        labels = options.labels[rows.order].long()
-        if device.type != "cpu":
-            invalid = is_supervised & ((labels < 0) | (labels >= V))
-            labels = labels.masked_fill(invalid, 0)
-        labels = labels.masked_fill(~is_supervised, 0)
-        row_weight = reduce.weight[rows.order]
-        ce_coefficient = options.cross_entropy_weight * row_weight
-        if options.teacher is not None:
-            kl_coefficient = options.kl_weight * row_weight
-
-    # fp16 has no room for coefficients of 1/N: they are divided by the largest, which backward multiplies in.
-    gradient_scale = 1.0
-    if dtype == torch.float16 and n > 0:
-        coefficients = [c for c in (ce_coefficient, kl_coefficient, pair_scale) if c is not None]
-        gradient_scale = max(float(c.abs().max()) for c in coefficients) or 1.0
-        ce_coefficient = ce_coefficient / gradient_scale
-        kl_coefficient = None if kl_coefficient is None else kl_coefficient / gradient_scale
-        pair_scale = None if pair_scale is None else pair_scale / gradient_scale
-
-    grad_hidden_states = (
-        torch.zeros(N, H, dtype=hidden_states.dtype, device=device) if need_grad_hidden_states else None
-    )
-    grad_bias = torch.zeros(V, dtype=stats, device=device) if need_grad_bias else None
-
-    teacher_hidden = options.teacher if isinstance(options.teacher, TeacherHidden) else None
-    bytes_per_row = V * dtype.itemsize
-    if teacher_hidden is not None:
-        bytes_per_row += teacher_hidden.lm_head_weight.shape[0] * teacher_hidden.lm_head_weight.dtype.itemsize
+    bytes_per_row = V * compute_dtype.itemsize
+    teacher_head = options.teacher.lm_head_weight if isinstance(options.teacher, TeacherHidden) else None
+    if teacher_head is not None:
+        bytes_per_row += teacher_head.shape[0] * teacher_head.dtype.itemsize
     chunks = plan_chunks(rows, bytes_per_row, options.max_logits_bytes)
-    largest_chunk = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    chunk_rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    block_rows = max(1, BLOCK_ELEMENTS // V)
+    scratch_rows = max([block_rows, *(len(group) for group in groups.rows)])
+
+    X_all = hidden_states.detach()
+    W = lm_head_weight.detach().to(compute_dtype)
+    b = None if lm_head_bias is None else lm_head_bias.detach().to(compute_dtype)
+    logits = torch.empty(chunk_rows, V, dtype=compute_dtype, device=device)
+    teacher_logits = None
+    if teacher_head is not None:
+        teacher_logits = torch.empty(chunk_rows, teacher_head.shape[0], dtype=teacher_head.dtype, device=device)
+    # 16-bit logits are taken to fp32 block by block; fp32 and fp64 ones are worked on where they are.
+    scratch = None if compute_dtype == stats else torch.empty(scratch_rows, V, dtype=stats, device=device)
+
+    row_cross_entropy, row_kl = torch.zeros_like(plan.terms.cross_entropy), torch.zeros_like(plan.terms.cross_entropy)
+    jsd = None if plan.pair_weights is None else torch.zeros_like(plan.pair_weights)
+    grad_hidden_states = torch.zeros_like(X_all) if need_grad_hidden_states else None
+    grad_bias = torch.zeros(V, dtype=stats, device=device) if need_grad_bias else None
     weight_gradient = None
     if need_grad_weight:
-        with_gradient = sum(chunk.needs_gradient for chunk in chunks)
-        weight_gradient = _WeightGradient(V, H, dtype, device, single_chunk=with_gradient <= 1)
-
-    row_cross_entropy, row_kl = torch.zeros_like(ce_coefficient), torch.zeros_like(ce_coefficient)
-    jsd = None
-    if options.answer_index is not None:
-        B, K, _ = options.answer_index.shape
-        jsd = torch.zeros(B, K, K, dtype=stats, device=device)
-    W = lm_head_weight.detach().to(dtype)
-    b = None if lm_head_bias is None else lm_head_bias.detach().to(dtype)
-    logits = torch.empty(largest_chunk, V, dtype=dtype, device=device)
-    teacher_logits = None
-    if teacher_hidden is not None:
-        V_t = teacher_hidden.lm_head_weight.shape[0]
-        teacher_logits = torch.empty(largest_chunk, V_t, dtype=teacher_hidden.lm_head_weight.dtype, device=device)
-    block_rows = max(1, BLOCK_ELEMENTS // V)
-    largest_group = max((len(group) for group in groups.rows), default=0)
-    scratch = None if dtype == stats else torch.empty(max(block_rows, largest_group), V, dtype=stats, device=device)
-
-    def blocks(chunk: Chunk) -> list[tuple[int, int, int | None]]:
-        """(start, stop, group) within processing order: one block per answer group, then blocks of block_rows."""
-        result: list[tuple[int, int, int | None]] = []
-        start = chunk.start
-        while start < chunk.stop:
-            if start < rows.group_offsets[-1]:
-                group = rows.group_offsets.index(start)
-                stop = rows.group_offsets[group + 1]
-                result.append((start, stop, group))
-            else:
-                stop = min(start + block_rows, chunk.stop)
-                result.append((start, stop, None))
-            start = stop
-        return result
+        single_chunk = sum(chunk.needs_gradient for chunk in chunks) <= 1
+        weight_gradient = _WeightGradient(V, H, compute_dtype, device, single_chunk)
 
     for chunk in chunks:
         index = rows.order[chunk.start : chunk.stop]
-        X = hidden_states.detach()[index].to(dtype)
+        X = X_all[index].to(compute_dtype)
         z_chunk = project(X, W, b, logits[: len(index)])
         teacher_rows = None
         if options.teacher is not None:
             teacher_rows = TeacherRows(options.teacher, options.kl, index, teacher_logits)
-        for start, stop, group in blocks(chunk):
+        for start, stop, group in _blocks(chunk, rows.group_offsets, block_rows):
             stored = z_chunk[start - chunk.start : stop - chunk.start]
             z = stored if scratch is None else scratch[: stop - start].copy_(stored)
-            pair_weights = None
-            if group is not None:
+            pairs = None
+            if group is not None and plan.pair_weights is not None:
                 members, question = groups.members[group], groups.question[group]
-                assert pair_scale is not None
-                pair_weights = pair_scale[question][members][:, members] / groups.num_positions[question]
-            terms = _RowTerms(
-                labels[start:stop],
-                None if invalid is None else invalid[start:stop],
-                ce_coefficient[start:stop],
-                None if kl_coefficient is None else kl_coefficient[start:stop],
-            )
-            block_cross_entropy, block_kl, block_jsd = _block_losses(
-                z, terms, options, teacher_rows, start - chunk.start, pair_weights, chunk.needs_gradient
-            )
-            if block_cross_entropy is not None:
-                row_cross_entropy[start:stop] = block_cross_entropy
-            if block_kl is not None:
-                row_kl[start:stop] = block_kl
-            if block_jsd is not None:
-                assert jsd is not None
-                jsd[question, members.unsqueeze(1), members] += block_jsd / groups.num_positions[question]
+                pairs = plan.pair_weights[question][members][:, members]
+            terms = plan.terms.rows(start, stop)
+            losses = _block_losses(z, terms, options, teacher_rows, start - chunk.start, pairs, chunk.needs_gradient)
+            if losses.cross_entropy is not None:
+                row_cross_entropy[start:stop] = losses.cross_entropy
+            if losses.kl is not None:
+                row_kl[start:stop] = losses.kl
+            if losses.jsd is not None and jsd is not None:
+                jsd[question, members.unsqueeze(1), members] += losses.jsd / groups.num_positions[question]
             if chunk.needs_gradient:
                 if grad_bias is not None:
                     grad_bias += z.sum(0)
                 if scratch is not None:
                     stored.copy_(z)
         if chunk.needs_gradient:
-            G = z_chunk
             if grad_hidden_states is not None:
-                grad_hidden_states[index] = torch.mm(G, W).to(grad_hidden_states.dtype)  # (m, V) @ (V, H) -> (m, H)
+                grad_hidden_states[index] = torch.mm(z_chunk, W).to(X_all.dtype)  # (m, V) @ (V, H) -> (m, H)
             if weight_gradient is not None:
-                weight_gradient.add(G, X)
+                weight_gradient.add(z_chunk, X)
     del logits, teacher_logits, scratch
 
     cross_entropy, kl = torch.zeros_like(weights), torch.zeros_like(weights)
-    if reduce is not None:
-        rows_of_rationales = rows.order[is_supervised]
-        cross_entropy = reduce(row_cross_entropy[is_supervised], rows_of_rationales)
-        kl = reduce(row_kl[is_supervised], rows_of_rationales)
+    if plan.reduce is not None:
+        rows_of_losses = rows.order[plan.is_supervised]
+        cross_entropy = plan.reduce(row_cross_entropy[plan.is_supervised], rows_of_losses)
+        kl = plan.reduce(row_kl[plan.is_supervised], rows_of_losses)
     return SweepResult(
         cross_entropy,
         kl,
@@ -357,7 +373,7 @@ def sweep(
         grad_hidden_states,
         None if weight_gradient is None else weight_gradient.finish(lm_head_weight.dtype),
         None if grad_bias is None or lm_head_bias is None else grad_bias.to(lm_head_bias.dtype),
-        gradient_scale,
+        plan.gradient_scale,
     )
 
 
@@ -377,11 +393,11 @@ class _LinearLoss(torch.autograd.Function):
         compute_dtype: torch.dtype,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx.options, ctx.compute_dtype = options, compute_dtype
-        ctx.needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:4]]
+        needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:4]]
+        ctx.sweep_arguments = options, compute_dtype, needs
         tensors = hidden_states, lm_head_weight, lm_head_bias, rationale_weights
         with torch.autocast(hidden_states.device.type, enabled=False):
-            result = sweep(*tensors, options, compute_dtype, ctx.needs)
+            result = sweep(*tensors, *ctx.sweep_arguments)
             weights = rationale_weights.reshape(-1).to(result.cross_entropy.dtype)
             # ∂loss/∂w_r = (CE_r + kl_weight·KL_r + consistency_weight·Σ_j w_j·JSD_rj) / num_questions
             grad_weights = options.cross_entropy_weight * result.cross_entropy + options.kl_weight * result.kl
@@ -393,8 +409,8 @@ class _LinearLoss(torch.autograd.Function):
                 neighbours = torch.einsum("bij,bj->bi", result.jsd, alpha)
                 consistency = 0.5 * (alpha * neighbours).sum() / options.num_questions
                 loss = loss + options.consistency_weight * consistency
-                grad_weights = grad_weights + options.consistency_weight / options.num_questions * neighbours.reshape(
-                    -1
+                grad_weights = grad_weights.add(
+                    neighbours.reshape(-1), alpha=options.consistency_weight / options.num_questions
                 )
         ctx.save_for_backward(*tensors)
         ctx.result = result
@@ -410,15 +426,13 @@ class _LinearLoss(torch.autograd.Function):
         tensors = ctx.saved_tensors
         if result is None:
             with torch.autocast(grad_loss.device.type, enabled=False):
-                result = sweep(
-                    *tensors, options=ctx.options, compute_dtype=ctx.compute_dtype, needs_input_grad=ctx.needs
-                )
+                result = sweep(*tensors, *ctx.sweep_arguments)
         factor = grad_loss * result.gradient_scale
         gradients = [result.grad_hidden_states, result.grad_lm_head_weight, result.grad_lm_head_bias]
         # On a CPU looking at the factor is free and 1 is the rule; on a GPU it would wait for the device.
         if not (factor.device.type == "cpu" and float(factor) == 1.0):
             gradients = [None if gradient is None else gradient.mul_(factor) for gradient in gradients]
-        grad_weights = (grad_loss * ctx.grad_weights).to(tensors[3].dtype) if ctx.needs[3] else None
+        grad_weights = (grad_loss * ctx.grad_weights).to(tensors[3].dtype) if ctx.needs_input_grad[3] else None
         return *gradients, grad_weights, None, None, None
 
 

@@ -33,7 +33,8 @@ def answer_consistency(
     hidden_states: any leading axes, taken as flat rows; bf16, fp16, fp32 or fp64. Only the rows that answer_index
         names reach the head.
     answer_index: int64/int32 flat row indices of the rows that predict the answer tokens, each at most once; −1 is
-        absent. A_b is the number of positions at which any rationale of the question is present; a pair counts where both are.
+        absent. A_b is the number of positions at which any rationale of the question is present; a pair counts where
+        both are.
     rationale_weights: α, each question's weights sum to 1. A rationale of weight 0 costs nothing unless the gradient of
         rationale_weights is asked for.
     num_questions: int or 0-d tensor, B by default.

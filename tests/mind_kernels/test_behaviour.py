@@ -1,0 +1,598 @@
+"""What the losses promise beyond being right: cost, memory of gradients, repeated backward, finiteness, bounds."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mind_kernels.torch_sweep as torch_sweep
+from mind_kernels import (
+    AnswerConsistency,
+    FusedLinearCrossEntropy,
+    FusedLinearKL,
+    MindLoss,
+    MultiRationaleLogSoftmax,
+    TAWeightedKL,
+    TeacherLogits,
+    TeacherTopK,
+    answer_consistency,
+    fused_linear_cross_entropy,
+    fused_linear_kl,
+    mind_loss,
+    multi_rationale_log_softmax,
+    ta_weighted_kl,
+)
+from mind_kernels.chunking import Rows, plan_chunks
+from mind_kernels.combined.reference import reference_mind_loss
+from mind_kernels.divergences import divergence_and_gradient, pairwise_jsd_and_gradient
+from mind_kernels.testing import MindCase, random_case, random_teacher, relative_error
+
+
+def call_mind_loss(case: MindCase, **more):
+    options = {"answer_index": case.answer_index, "lm_head_bias": case.lm_head_bias, "consistency_weight": 0.5} | more
+    return mind_loss(
+        case.hidden_states, case.lm_head_weight, case.shift_labels, rationale_weights=case.rationale_weights, **options
+    )
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """Rows of every product of the sweep: forward (head), grad_hidden_states and grad_lm_head_weight."""
+    rows: dict[str, list[int]] = {"head": [], "hidden": [], "weight": []}
+    project, mm, add = torch_sweep.project, torch.mm, torch_sweep._WeightGradient.add
+
+    def counting_project(hidden_states, weight, bias, out):
+        rows["head"].append(len(hidden_states))
+        return project(hidden_states, weight, bias, out)
+
+    def counting_mm(a, b, **kwargs):
+        if not kwargs:
+            rows["hidden"].append(len(a))
+        return mm(a, b, **kwargs)
+
+    def counting_add(self, G, X):
+        rows["weight"].append(len(G))
+        return add(self, G, X)
+
+    monkeypatch.setattr(torch_sweep, "project", counting_project)
+    monkeypatch.setattr(torch, "mm", counting_mm)
+    monkeypatch.setattr(torch_sweep._WeightGradient, "add", counting_add)
+    return rows
+
+
+# --- gradcheck ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["hidden", "logits", "topk", "topk-renormalize"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_gradcheck_mind_loss(kind: str, divergence: str) -> None:
+    case = random_case(2, 3, 4, 3, 7, 2)
+    teacher = random_teacher(kind, case)
+    weights = case.rationale_weights.double().requires_grad_()
+
+    def loss(h, w, b, a):
+        return mind_loss(
+            h,
+            w,
+            case.shift_labels,
+            rationale_weights=a,
+            answer_index=case.answer_index,
+            teacher=teacher,
+            lm_head_bias=b,
+            logit_scale=1.1,
+            logit_softcap=3.0,
+            kl_weight=0.6,
+            divergence=divergence,
+            beta=0.7,
+        ).loss
+
+    leaves = [t.requires_grad_() for t in (case.hidden_states, case.lm_head_weight, case.lm_head_bias)]
+    assert torch.autograd.gradcheck(loss, (*leaves, weights))
+
+
+def test_gradcheck_of_each_function() -> None:
+    case = random_case(2, 3, 4, 3, 7, 2)
+    h, w, weights = case.hidden_states.requires_grad_(), case.lm_head_weight.requires_grad_(), case.rationale_weights
+    weights = weights.double().requires_grad_()
+    teacher = random_teacher("logits", case)
+    labels, index = case.shift_labels, case.answer_index
+    check = torch.autograd.gradcheck
+    assert check(lambda h, w, a: fused_linear_cross_entropy(h, w, labels, rationale_weights=a)[0], (h, w, weights))
+    assert check(lambda h, w, a: fused_linear_kl(h, w, teacher, labels, rationale_weights=a)[0], (h, w, weights))
+    assert check(lambda h, w, a: answer_consistency(h, w, index, a), (h, w, weights))
+    logits = (h.detach() @ w.detach().T).requires_grad_()
+    assert check(
+        lambda z, a: ta_weighted_kl(z, teacher, a, shift_labels=labels, divergence="jsd")[0], (logits, weights)
+    )
+    assert check(lambda z: multi_rationale_log_softmax(z, temperature=1.7), (logits,))
+
+
+# --- any shape ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    B=st.integers(1, 3),
+    K=st.integers(1, 5),
+    T=st.integers(1, 6),
+    H=st.integers(1, 9),
+    V=st.integers(2, 33),
+    A=st.integers(1, 3),
+    seed=st.integers(0, 2**16),
+    rows_in_budget=st.integers(0, 40),
+    ignored=st.floats(0, 1),
+)
+def test_mind_loss_of_any_shape_in_both_layouts(B, K, T, H, V, A, seed, rows_in_budget, ignored) -> None:
+    case = random_case(B, K, T, H, V, min(A, T), seed=seed)
+    drop = torch.rand(case.shift_labels.shape, generator=torch.Generator().manual_seed(seed)) < ignored
+    case.shift_labels[drop] = -100
+    case = case.to(torch.float64)
+    weights = case.rationale_weights.detach().double().requires_grad_()
+    leaves = [case.hidden_states, case.lm_head_weight, weights]
+    arguments = {"rationale_weights": weights, "answer_index": case.answer_index, "consistency_weight": 0.9}
+    exact = reference_mind_loss(case.hidden_states, case.lm_head_weight, case.shift_labels, **arguments)
+    wanted = torch.autograd.grad(exact[0], leaves, allow_unused=True, materialize_grads=True)
+    arguments["max_logits_bytes"] = max(K, rows_in_budget) * V * 8
+    padded = mind_loss(case.hidden_states, case.lm_head_weight, case.shift_labels, **arguments)
+    packed = mind_loss(
+        case.hidden_states.flatten(0, 2),
+        case.lm_head_weight,
+        case.shift_labels.flatten(),
+        cu_seqlens=case.cu_seqlens(),
+        **arguments,
+    )
+    for output in (padded, packed):
+        for given_value, exact_value in zip(output, exact, strict=True):
+            torch.testing.assert_close(given_value, exact_value, atol=1e-12, rtol=1e-12)
+        for gradient, exact_gradient in zip(torch.autograd.grad(output.loss, leaves), wanted, strict=True):
+            torch.testing.assert_close(gradient, exact_gradient, atol=1e-12, rtol=1e-11)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 8), max_size=6),
+    plain=st.integers(0, 50),
+    passive=st.integers(0, 20),
+    most=st.integers(1, 30),
+)
+def test_chunks_cover_every_row_once_and_split_no_group(sizes, plain, passive, most) -> None:
+    offsets = [0]
+    for size in sizes:
+        offsets.append(offsets[-1] + size)
+    active = offsets[-1] + plain
+    rows = Rows(torch.arange(active + passive), offsets, active)
+    if active + passive and most < max([1, *sizes]):
+        with pytest.raises(ValueError, match=r"max_logits_bytes: given \d+, wanted at least"):
+            plan_chunks(rows, 10, 10 * most)
+        return
+    chunks = plan_chunks(rows, 10, 10 * most)
+    covered = [row for chunk in chunks for row in range(chunk.start, chunk.stop)]
+    assert covered == list(range(active + passive))
+    for chunk in chunks:
+        assert 0 < chunk.stop - chunk.start <= most
+        assert chunk.needs_gradient == (chunk.start < active) == (chunk.stop <= active)
+        assert chunk.start >= offsets[-1] or chunk.start in offsets
+        assert chunk.stop >= offsets[-1] or chunk.stop in offsets
+
+
+# --- cost --------------------------------------------------------------------------------------------------------
+
+
+def test_only_supervised_and_answer_rows_reach_the_head(products) -> None:
+    case = random_case(2, 4, 9, 8, 31, 2).to(torch.float32)
+    call_mind_loss(case).loss.backward()
+    supervised = case.shift_labels.flatten() != -100
+    answers = torch.zeros_like(supervised)
+    weighted = (case.rationale_weights != 0).unsqueeze(-1) | torch.tensor(True)  # α needs a gradient: all pairs count
+    answers[case.answer_index[(case.answer_index >= 0) & weighted]] = True
+    assert sum(products["head"]) == int((supervised | answers).sum())
+
+
+def test_rationale_of_weight_0_costs_no_backward(products) -> None:
+    case = random_case(2, 4, 9, 8, 31, 2).to(torch.float32)
+    case.rationale_weights.requires_grad_(False)
+    call_mind_loss(case).loss.backward()
+    supervised = case.shift_labels != -100
+    weighted = supervised & (case.rationale_weights != 0).unsqueeze(-1)
+    assert int(weighted.sum()) < int(supervised.sum())
+    assert sum(products["head"]) == int(supervised.sum())
+    assert sum(products["hidden"]) == sum(products["weight"]) == int(weighted.sum())
+
+
+def test_frozen_head_computes_no_weight_gradient(products) -> None:
+    case = random_case(2, 3, 6, 8, 31, 2).to(torch.float32)
+    case.lm_head_weight.requires_grad_(False)
+    case.lm_head_bias.requires_grad_(False)
+    call_mind_loss(case).loss.backward()
+    assert products["weight"] == [] and products["hidden"] != []
+    assert case.hidden_states.grad is not None and case.lm_head_weight.grad is None
+
+
+def test_without_grad_mode_only_losses_are_computed(products) -> None:
+    case = random_case(2, 3, 6, 8, 31, 2).to(torch.float32)
+    with torch.no_grad():
+        loss = call_mind_loss(case).loss
+    assert not loss.requires_grad and products["hidden"] == products["weight"] == []
+    torch.testing.assert_close(loss, call_mind_loss(case).loss.detach())
+
+
+def test_one_sweep_computes_each_rows_logits_once(products) -> None:
+    case = random_case(2, 3, 6, 8, 31, 2).to(torch.float32)
+    teacher = random_teacher("logits", case)
+    case.rationale_weights.requires_grad_(False)
+    call_mind_loss(case, teacher=teacher, kl_weight=1.0).loss.backward()
+    assert sum(products["head"]) == int((case.shift_labels != -100).sum())
+
+
+def test_logits_stay_within_the_budget(products) -> None:
+    case = random_case(2, 3, 9, 8, 31, 2).to(torch.float32)
+    call_mind_loss(case, max_logits_bytes=5 * 31 * 4).loss.backward()
+    assert max(products["head"]) <= 5 < sum(products["head"])
+
+
+def test_import_needs_neither_triton_nor_transformers() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None; sys.modules['transformers'] = None; import mind_kernels;"
+        "print(sorted(m for m in sys.modules if m.split('.')[0] in ('mind', 'accelerate', 'datasets')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+# --- gradients ---------------------------------------------------------------------------------------------------
+
+
+def test_second_backward_gives_the_same_gradient() -> None:
+    case = random_case(2, 3, 6, 8, 31, 2).to(torch.float32)
+    leaves = list(case.leaves().values())
+    loss = call_mind_loss(case).loss
+    first = torch.autograd.grad(loss, leaves, grad_outputs=torch.tensor(3.0), retain_graph=True)
+    second = torch.autograd.grad(loss, leaves, grad_outputs=torch.tensor(0.5), retain_graph=True)
+    third = torch.autograd.grad(loss, leaves)
+    for a, b, c in zip(first, second, third, strict=True):
+        torch.testing.assert_close(a / 3, c)
+        torch.testing.assert_close(b * 2, c)
+
+
+def test_second_backward_after_an_update_of_the_head_is_an_error() -> None:
+    case = random_case(2, 3, 6, 8, 31, 2).to(torch.float32)
+    loss = call_mind_loss(case).loss
+    loss.backward(retain_graph=True)
+    with torch.no_grad():
+        case.lm_head_weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_second_order_gradient_is_an_error() -> None:
+    case = random_case(1, 2, 4, 8, 31, 1).to(torch.float64)
+    (gradient,) = torch.autograd.grad(call_mind_loss(case).loss, case.hidden_states, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        gradient.sum().backward()
+
+
+def test_backward_hands_the_weight_gradient_over_without_a_copy() -> None:
+    case = random_case(1, 2, 4, 8, 31, 1).to(torch.float32)
+    loss = call_mind_loss(case).loss
+    made = loss.grad_fn.result.grad_lm_head_weight.data_ptr()
+    loss.backward()
+    assert case.lm_head_weight.grad.data_ptr() == made
+
+
+@pytest.mark.parametrize("function", [fused_linear_cross_entropy, None], ids=["cross_entropy", "mind_loss"])
+def test_all_rows_ignored_is_a_differentiable_zero(function) -> None:
+    case = random_case(2, 3, 6, 8, 31, 2).to(torch.bfloat16)
+    case.shift_labels.fill_(-100)
+    if function is None:
+        loss = call_mind_loss(case, answer_index=None).loss
+    else:
+        loss, losses = function(case.hidden_states, case.lm_head_weight, case.shift_labels)
+        assert losses.shape == (2, 3) and not losses.any()
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert not case.hidden_states.grad.any() and not case.lm_head_weight.grad.any()
+
+
+def test_tied_embedding_gets_both_gradients() -> None:
+    torch.manual_seed(0)
+    embedding = torch.nn.Embedding(31, 8)
+    ids, labels = torch.randint(0, 31, (2, 3, 5)), torch.randint(0, 31, (2, 3, 5))
+    loss, _ = fused_linear_cross_entropy(embedding(ids).tanh(), embedding.weight, labels)
+    (given_gradient,) = torch.autograd.grad(loss, embedding.weight)
+    plain = F.cross_entropy(F.linear(embedding(ids).tanh(), embedding.weight).flatten(0, 2), labels.flatten())
+    (wanted,) = torch.autograd.grad(plain, embedding.weight)
+    torch.testing.assert_close(given_gradient, wanted)
+
+
+def test_bf16_weight_gradient_over_many_chunks_is_summed_in_fp32() -> None:
+    # Every chunk adds the same small number: summed in bf16 it stops counting at 2⁸ of them.
+    V, H, N = 4, 2, 1024
+    hidden = torch.ones(N, H, dtype=torch.bfloat16)
+    weight = torch.zeros(V, H, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.zeros(N, dtype=torch.int64)
+    loss, _ = fused_linear_cross_entropy(hidden, weight, labels, reduction="sum", max_logits_bytes=V * 2)
+    loss.backward()
+    assert weight.grad[1, 0] == 0.25 * N
+
+
+def test_autocast_uses_its_dtype_and_returns_gradients_of_the_parameters_dtype() -> None:
+    case = random_case(2, 3, 6, 16, 31, 2).to(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = call_mind_loss(case)
+    gradients = torch.autograd.grad(under_autocast.loss, list(case.leaves().values()))
+    exact = torch.autograd.grad(call_mind_loss(case).loss, list(case.leaves().values()))
+    rounded = case.to(torch.bfloat16)
+    assert under_autocast.loss.dtype == torch.float32
+    torch.testing.assert_close(under_autocast.loss, call_mind_loss(rounded).loss)
+    for gradient, exact_gradient in zip(gradients, exact, strict=True):
+        assert gradient.dtype == torch.float32
+        assert 0 < relative_error(gradient, exact_gradient) < 2e-2
+
+
+def test_fp16_keeps_small_gradients_under_a_loss_scale() -> None:
+    # Weights of 1e-6 make every softmax term underflow fp16 unless it is scaled while it is made.
+    case = random_case(1, 2, 8, 16, 64, 1).to(torch.float16)
+    weights = torch.full((1, 2), 1e-6)
+    loss, _ = fused_linear_cross_entropy(
+        case.hidden_states, case.lm_head_weight, case.shift_labels, rationale_weights=weights
+    )
+    (gradient,) = torch.autograd.grad(loss * 2.0**16, case.lm_head_weight)
+    exact = case.to(torch.float64)
+    loss, _ = fused_linear_cross_entropy(
+        exact.hidden_states, exact.lm_head_weight, exact.shift_labels, rationale_weights=weights
+    )
+    (wanted,) = torch.autograd.grad(loss * 2.0**16, exact.lm_head_weight)
+    assert relative_error(gradient, wanted) < 2e-3
+
+
+def test_confident_student_keeps_the_digits_of_its_gradient() -> None:
+    # p_y − 1 ≈ −1e-6: formed by subtraction from a bf16 or fp32 probability nothing would be left.
+    hidden = torch.tensor([[14.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
+    loss, _ = fused_linear_cross_entropy(hidden, weight, torch.tensor([0]))
+    loss.backward()
+    exact = -2 * math.exp(-14) / (1 + 2 * math.exp(-14))
+    assert abs(float(hidden.grad[0, 0]) / exact - 1) < 4e-3
+
+
+def test_deterministic_from_run_to_run() -> None:
+    case = random_case(2, 4, 16, 32, 129, 2).to(torch.bfloat16)
+    runs = [
+        torch.autograd.grad(call_mind_loss(case, max_logits_bytes=129 * 20).loss, list(case.leaves().values()))
+        for _ in range(2)
+    ]
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+# --- normalisation -----------------------------------------------------------------------------------------------
+
+
+def test_num_questions_makes_accumulation_exact() -> None:
+    case = random_case(4, 3, 6, 8, 31, 2).to(torch.float64)
+    whole = torch.autograd.grad(call_mind_loss(case).loss, case.lm_head_weight)[0]
+    parts = torch.zeros_like(whole)
+    for b in range(4):
+        loss = mind_loss(
+            case.hidden_states[b : b + 1],
+            case.lm_head_weight,
+            case.shift_labels[b : b + 1],
+            rationale_weights=case.rationale_weights[b : b + 1],
+            answer_index=torch.where(
+                case.answer_index[b : b + 1] < 0, -1, case.answer_index[b : b + 1] - b * case.shift_labels[0].numel()
+            ),
+            lm_head_bias=case.lm_head_bias,
+            consistency_weight=0.5,
+            num_questions=torch.tensor(4),
+        ).loss
+        parts += torch.autograd.grad(loss, case.lm_head_weight)[0]
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)
+
+
+def test_packed_unselected_rationale_is_an_empty_segment() -> None:
+    case = random_case(1, 3, 6, 8, 31, 2).to(torch.float64)
+    weights = torch.tensor([[0.4, 0.0, 0.6]])
+    padded = fused_linear_cross_entropy(
+        case.hidden_states, case.lm_head_weight, case.shift_labels, rationale_weights=weights
+    )
+    kept = [0, 2]
+    packed = fused_linear_cross_entropy(
+        case.hidden_states[0, kept].flatten(0, 1),
+        case.lm_head_weight,
+        case.shift_labels[0, kept].flatten(),
+        rationale_weights=weights,
+        cu_seqlens=torch.tensor([0, 6, 6, 12], dtype=torch.int32),
+    )
+    torch.testing.assert_close(packed[0], padded[0])
+    assert packed[1].shape == (1, 3) and packed[1][0, 1] == 0
+    torch.testing.assert_close(packed[1][0, kept], padded[1][0, kept])
+
+
+def test_plain_rows_are_one_rationale_of_weight_1() -> None:
+    case = random_case(1, 1, 6, 8, 31, 1).to(torch.float64)
+    loss, losses = fused_linear_cross_entropy(case.hidden_states[0, 0], case.lm_head_weight, case.shift_labels[0, 0])
+    z = case.hidden_states[0, 0] @ case.lm_head_weight.T
+    torch.testing.assert_close(loss, F.cross_entropy(z, case.shift_labels[0, 0]))
+    assert losses.shape == () and losses == loss.detach()
+
+
+# --- divergences -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_divergences_are_finite_at_logits_of_80(divergence: str, dtype: torch.dtype) -> None:
+    student = torch.tensor([[80.0, -80.0, 0.0, 80.0]], dtype=dtype, requires_grad=True)
+    teacher = TeacherLogits(torch.tensor([[-80.0, 80.0, 0.0, -80.0]], dtype=dtype))
+    loss, _ = ta_weighted_kl(student, teacher, divergence=divergence)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(student.grad).all()
+    wanted = {"forward": 160 + math.log(2), "reverse": 160 - math.log(2), "jsd": math.log(2)}[divergence]
+    assert abs(float(loss.detach()) - wanted) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_consistency_is_finite_at_logits_of_80_and_at_its_bound(dtype: torch.dtype) -> None:
+    hidden = torch.tensor([[1.0], [-1.0]], dtype=dtype, requires_grad=True)
+    weight = torch.tensor([[80.0], [-80.0], [0.0]], dtype=dtype, requires_grad=True)
+    alpha = torch.tensor([[0.5, 0.5]])
+    loss = answer_consistency(hidden, weight, torch.tensor([[[0], [1]]]), alpha)
+    loss.backward()
+    assert torch.isfinite(hidden.grad).all() and torch.isfinite(weight.grad).all()
+    bound = 0.5 * math.log(2) * (1 - float(alpha.square().sum()))
+    assert abs(float(loss.detach()) - bound) < 1e-5
+
+
+@settings(max_examples=40, deadline=None)
+@given(K=st.integers(1, 8), V=st.integers(2, 20), scale=st.floats(0, 200), seed=st.integers(0, 1000))
+def test_consistency_stays_within_its_bound(K: int, V: int, scale: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, alpha = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in [(K, 3), (V, 3), (1, K)]
+    )
+    weight, alpha = scale * weight, torch.softmax(alpha, -1)
+    loss = float(answer_consistency(hidden, weight, torch.arange(K).view(1, K, 1), alpha))
+    assert -1e-12 <= loss <= 0.5 * math.log(2) * (1 - float(alpha.square().sum())) + 1e-12
+
+
+def test_consistency_of_one_selected_rationale_is_0() -> None:
+    case = random_case(1, 3, 6, 8, 31, 2).to(torch.float32)
+    loss = answer_consistency(
+        case.hidden_states, case.lm_head_weight, case.answer_index, torch.tensor([[0.0, 1.0, 0.0]])
+    )
+    loss.backward()
+    assert float(loss.detach()) == 0 and not case.hidden_states.grad.any()
+
+
+def test_excluded_teacher_tokens_count_as_probability_0() -> None:
+    z = torch.randn(1, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    teacher = z.flip(-1).clone()
+    teacher[0, 1] = -torch.inf
+    for divergence in ("forward", "jsd"):
+        student = z.clone().requires_grad_()
+        loss, _ = ta_weighted_kl(student, TeacherLogits(teacher), divergence=divergence)
+        loss.backward()
+        close = teacher.clone()
+        close[0, 1] = -600.0
+        wanted, _ = ta_weighted_kl(z, TeacherLogits(close), divergence=divergence)
+        torch.testing.assert_close(loss.detach(), wanted)
+        assert torch.isfinite(student.grad).all()
+    assert ta_weighted_kl(z, TeacherLogits(teacher), divergence="reverse")[0] == math.inf
+
+
+def test_topk_of_the_whole_vocabulary_is_the_dense_teacher() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(4, 9, generator=generator, dtype=torch.float64, requires_grad=True)
+    dense = torch.log_softmax(torch.randn(4, 9, generator=generator, dtype=torch.float64), -1)
+    logprobs, token_ids = dense.topk(9)
+    for tail in ("bucket", "renormalize"):
+        for divergence in ("forward", "reverse", "jsd"):
+            loss, _ = ta_weighted_kl(z, TeacherTopK(token_ids, logprobs, tail=tail), divergence=divergence)
+            wanted, _ = ta_weighted_kl(z, TeacherLogits(dense), divergence=divergence)
+            torch.testing.assert_close(loss, wanted)
+            (gradient,) = torch.autograd.grad(loss, z)
+            torch.testing.assert_close(gradient, torch.autograd.grad(wanted, z)[0])
+
+
+def test_topk_tail_keeps_its_digits_when_the_student_is_sure() -> None:
+    # The student's tail is 3e-9: 1 − Σp in fp32 would be 0 or 6e-8.
+    z = torch.tensor([[20.0, 0.0, 0.0]], requires_grad=True)
+    teacher = TeacherTopK(torch.tensor([[0]]), torch.tensor([[math.log(0.9)]]))
+    loss, _ = ta_weighted_kl(z, teacher)
+    loss.backward()
+    tail = 2 * math.exp(-20) / (1 + 2 * math.exp(-20))
+    wanted = 0.9 * (math.log(0.9) - math.log1p(-tail)) + 0.1 * (math.log(0.1) - math.log(tail))
+    assert abs(float(loss.detach()) - wanted) < 1e-6
+    torch.testing.assert_close(z.grad, torch.tensor([[0.1 - tail, -0.05 + tail / 2, -0.05 + tail / 2]]))
+
+
+def test_vocab_size_cuts_both_vocabularies() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(3, 12, generator=generator, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(3, 10, generator=generator, dtype=torch.float64)
+    loss, _ = ta_weighted_kl(z, TeacherLogits(teacher, vocab_size=9), divergence="jsd")
+    wanted, _ = ta_weighted_kl(z[:, :9], TeacherLogits(teacher[:, :9]), divergence="jsd")
+    torch.testing.assert_close(loss, wanted)
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert not gradient[:, 9:].any()
+
+
+def test_divergence_gradients_agree_with_autograd() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(5, 7, generator=generator, dtype=torch.float64, requires_grad=True)
+    log_teacher = torch.log_softmax(torch.randn(5, 7, generator=generator, dtype=torch.float64), -1)
+    for divergence in ("forward", "reverse", "jsd"):
+        log_student = torch.log_softmax(z, -1)
+        t, s = log_teacher.exp(), log_student.exp()
+        m = 0.8 * s + 0.2 * t
+        wanted = {
+            "forward": t * (log_teacher - log_student),
+            "reverse": s * (log_student - log_teacher),
+            "jsd": 0.2 * t * (log_teacher - m.log()) + 0.8 * s * (log_student - m.log()),
+        }[divergence].sum(-1)
+        loss, gradient = divergence_and_gradient(log_teacher.clone(), log_student.detach().clone(), divergence, 0.2)
+        torch.testing.assert_close(loss, wanted)
+        torch.testing.assert_close(gradient, torch.autograd.grad(wanted.sum(), z)[0])
+
+
+def test_jsd_of_equal_rows_is_0() -> None:
+    log_probs = torch.log_softmax(torch.randn(1, 50, generator=torch.Generator().manual_seed(0)), -1).expand(4, 50)
+    jsd, gradient = pairwise_jsd_and_gradient(log_probs.contiguous(), torch.ones(4, 4))
+    assert jsd.abs().max() < 1e-6 and gradient is not None and gradient.abs().max() < 1e-7
+
+
+# --- modules -----------------------------------------------------------------------------------------------------
+
+
+def test_module_twins_give_what_the_functions_give() -> None:
+    case = random_case(2, 3, 6, 8, 31, 2).to(torch.float32)
+    h, w, labels, alpha = case.hidden_states, case.lm_head_weight, case.shift_labels, case.rationale_weights
+    teacher = random_teacher("hidden", random_case(2, 3, 6, 8, 31, 2, dtype=torch.float32))
+    logits = h @ w.T
+    pairs = [
+        (
+            FusedLinearCrossEntropy(logit_scale=2.0, reduction="sum")(h, w, labels, rationale_weights=alpha),
+            fused_linear_cross_entropy(h, w, labels, logit_scale=2.0, reduction="sum", rationale_weights=alpha),
+        ),
+        (
+            FusedLinearKL(divergence="jsd", temperature=2.0)(h, w, teacher, labels, rationale_weights=alpha),
+            fused_linear_kl(h, w, teacher, labels, divergence="jsd", temperature=2.0, rationale_weights=alpha),
+        ),
+        (
+            TAWeightedKL(divergence="reverse")(logits, teacher, alpha, shift_labels=labels),
+            ta_weighted_kl(logits, teacher, alpha, shift_labels=labels, divergence="reverse"),
+        ),
+        (
+            (AnswerConsistency(logit_softcap=3.0)(h, w, case.answer_index, alpha),),
+            (answer_consistency(h, w, case.answer_index, alpha, logit_softcap=3.0),),
+        ),
+        (
+            MindLoss(consistency_weight=0.3, kl_weight=0.2)(
+                h, w, labels, rationale_weights=alpha, answer_index=case.answer_index, teacher=teacher
+            ),
+            mind_loss(
+                h,
+                w,
+                labels,
+                rationale_weights=alpha,
+                answer_index=case.answer_index,
+                teacher=teacher,
+                consistency_weight=0.3,
+                kl_weight=0.2,
+            ),
+        ),
+        (
+            (MultiRationaleLogSoftmax(temperature=2.0)(logits),),
+            (multi_rationale_log_softmax(logits, temperature=2.0),),
+        ),
+    ]
+    for from_module, from_function in pairs:
+        for a, b in zip(from_module, from_function, strict=True):
+            assert torch.equal(a, b)
