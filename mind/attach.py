@@ -1,0 +1,302 @@
+"""Gives one Hugging Face causal language model the MIND loss, reversibly: the only file that alters such a model.
+
+A causal language model is base(…) → hidden_states → head → logits, with
+
+    logits = c·tanh(z/c),   z = logit_scale · (hidden_states Wᵀ + b)          (no cap: logits = z)
+
+and only base, W, b, logit_scale and c are needed to hand hidden_states to mind_kernels instead of building the logits.
+Base and head come from the model's own accessors, scale and cap from its config; whether that is all the model does is
+checked once, in numbers, when the loss is attached. So no architecture is named here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from mind_kernels import MindLoss
+
+__all__ = ["MindAttachment", "MindOutput", "attach_mind_loss"]
+
+_ATTRIBUTE = "_mind_attachment"
+
+
+@dataclass
+class MindOutput(ModelOutput):
+    """What an attached model returns when it is given shift_labels; all in nats, see mind_kernels.mind_loss."""
+
+    loss: Tensor | None = None  # () differentiable
+    cross_entropy: Tensor | None = None  # () detached
+    consistency: Tensor | None = None  # () detached
+    kl: Tensor | None = None  # () detached
+    rationale_losses: Tensor | None = None  # (B, K) detached
+
+
+def attach_mind_loss(model: nn.Module, **loss_options: Any) -> MindAttachment:
+    """Replace the forward of this one instance by one that also takes MIND's labels; its class stays as it is.
+
+    With shift_labels, `model(input_ids, attention_mask, shift_labels=…, rationale_weights=…, …)` runs the base model
+    and mind_kernels.mind_loss and returns a MindOutput; no (tokens, V) logits are built. Without, the original forward
+    runs, generation included. The tensors, for R rows of T tokens in input_ids:
+
+    shift_labels: (R, T) int64, already aligned with hidden_states; −100 where there is nothing to learn.
+    rationale_weights: (B, K), α: each question's weights sum to 1.
+    cu_seqlens: (B·K + 1,) int32, boundaries of the rationales in the R·T flattened tokens; an empty segment for a
+        rationale that is not in the batch. Without it, the rows are the rationales: R = B·K.
+    answer_index: (B, K, A) int64 indices into the R·T flattened tokens, −1 = absent.
+    teacher: TeacherHidden, TeacherLogits or TeacherTopK with the rows of the R·T flattened tokens (of (B, K, T) without
+        cu_seqlens).
+    num_questions: what the losses are divided by; B by default.
+
+    model: a PreTrainedModel, or one inside a PeftModel or DistributedDataParallel. Its head must be a plain nn.Linear.
+    loss_options: settings of mind_kernels.MindLoss. logit_scale and logit_softcap default to what the config says
+        (logits_scaling, logit_scale, final_logit_softcapping).
+
+    Raises: TypeError for another kind of model or an unknown option; ValueError when a loss is attached already, when
+        the head is adapted, quantised or hooked, or when the model's own logits are not what the found head gives.
+    """
+    model = _unwrap(model)
+    name = type(model).__name__
+    if _ATTRIBUTE in vars(model):
+        raise ValueError(f"model: this {name} has a MIND loss already; wanted one without: call its detach() first")
+    head = _plain_head(model)
+    base = model.get_decoder()
+    if base is model:
+        raise ValueError(f"model: {name}.get_decoder() gives the model itself; wanted the part below the head")
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        raise ValueError(
+            f"model: {name} adds a router loss, which the MIND loss has not; wanted config.output_router_logits=False"
+        )
+    attachment = MindAttachment(
+        model=model,
+        base=base,
+        head=head,
+        loss=MindLoss(**(_logit_options(config) | loss_options)),
+        original_forward=model.forward,
+        forward=_make_forward(model.forward),
+        shadowed_forward=vars(model).get("forward"),
+    )
+    attachment._check_logits()
+    setattr(model, _ATTRIBUTE, attachment)
+    model.forward = MethodType(attachment.forward, model)
+    return attachment
+
+
+@dataclass(eq=False)
+class MindAttachment:
+    """One model with the MIND loss attached; detach() gives the model its own forward back."""
+
+    model: PreTrainedModel
+    base: nn.Module  # (R, T) tokens -> (R, T, H) hidden_states
+    head: nn.Linear  # (R, T, H) -> (R, T, V), before scale and cap
+    loss: MindLoss
+    original_forward: Callable[..., Any]
+    forward: Callable[..., Any]  # the function that is bound to the model
+    shadowed_forward: Callable[..., Any] | None  # what stood in the instance's own dictionary before, if anything
+
+    def detach(self) -> None:
+        """Restore the model's own forward.
+
+        Raises: ValueError when the loss is detached already, or when something else has wrapped forward since.
+        """
+        model = self.model
+        name = type(model).__name__
+        if vars(model).get(_ATTRIBUTE) is not self:
+            raise ValueError(f"model: this MIND loss is no longer attached to its {name}; wanted one detach() only")
+        if getattr(vars(model).get("forward"), "__func__", None) is not self.forward:
+            raise ValueError(
+                f"model: the forward of this {name} was wrapped after the MIND loss was attached; wanted it unwrapped "
+                "first, as by accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
+            )
+        if self.shadowed_forward is None:
+            del model.forward
+        else:
+            model.forward = self.shadowed_forward
+        delattr(model, _ATTRIBUTE)
+
+    def compute_loss(
+        self,
+        inputs: dict[str, Any],
+        shift_labels: Tensor,  # (R, T)
+        rationale_weights: Tensor | None,  # (B, K)
+        cu_seqlens: Tensor | None,  # (B·K + 1,)
+        **tensors: Any,  # answer_index, teacher, num_questions: as mind_loss takes them
+    ) -> MindOutput:
+        """The loss of what the base model makes of inputs (the original forward's arguments by name)."""
+        if rationale_weights is None:
+            raise ValueError("rationale_weights: given None with shift_labels, wanted a tensor of shape (B, K)")
+        for name in ("labels", "num_items_in_batch"):
+            if inputs.pop(name, None) is not None:
+                raise ValueError(f"{name}: given with shift_labels, wanted shift_labels and num_questions alone")
+        inputs.pop("return_dict", None)  # MindOutput is the one thing returned
+        inputs.setdefault("use_cache", False)
+        hidden_states = self.base(**inputs)[0]  # (R, T, H)
+        *rows, hidden_size = hidden_states.shape
+        if shift_labels.numel() != hidden_states.shape[:-1].numel():
+            raise ValueError(f"shift_labels: given shape {tuple(shift_labels.shape)}, wanted the input's {tuple(rows)}")
+        if cu_seqlens is not None:
+            shape: tuple[int, ...] = (-1,)
+        elif rows[0] == rationale_weights.numel():
+            shape = (*rationale_weights.shape, rows[1])  # (B, K, T)
+        else:
+            raise ValueError(
+                f"rationale_weights: given shape {tuple(rationale_weights.shape)} without cu_seqlens, "
+                f"wanted one weight for each of the input's {rows[0]} rows"
+            )
+        output = self.loss(
+            hidden_states.reshape(*shape, hidden_size),
+            self.head.weight,
+            shift_labels.reshape(shape),
+            lm_head_bias=self.head.bias,
+            rationale_weights=rationale_weights,
+            cu_seqlens=cu_seqlens,
+            **tensors,
+        )
+        return MindOutput(**output._asdict())
+
+    @torch.no_grad()
+    def _check_logits(self) -> None:
+        """Compare the model's own logits of a few tokens with those of base, head, scale and cap.
+
+        Both get the same hidden_states, multiplied so that the logits span about ±50: what a cap or any other
+        non-linearity does, which small logits hide, is then seen.
+        """
+        model, settings = self.model, self.loss.settings
+        scale, softcap = settings["logit_scale"], settings["logit_softcap"]
+        name = type(model).__name__
+        input_ids = torch.arange(4, device=model.device).remainder(self.head.out_features)[None]  # (1, 4)
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()  # dropout would tell two runs apart
+        try:
+            hidden_states = self.base(**inputs)[0]  # (1, 4, H)
+            gain = 50 / (scale * self.head(hidden_states)).abs().max().clamp_min(0.1).item()
+            own_hidden_states = []
+
+            def amplify(module: nn.Module, args: tuple[Any, ...], output: ModelOutput) -> ModelOutput:
+                own_hidden_states.append(output[0])
+                output["last_hidden_state"] = gain * output[0]
+                return output
+
+            handle = self.base.register_forward_hook(amplify)
+            try:
+                own_logits = self.original_forward(**inputs).logits.double()  # (1, 4, V)
+            finally:
+                handle.remove()
+        finally:
+            for module, training in modes:
+                module.training = training
+        if not own_hidden_states:
+            raise ValueError(f"model: {name}'s forward does not call its get_decoder(), a {type(self.base).__name__}")
+        logits = scale * F.linear(gain * hidden_states, self.head.weight, self.head.bias).double()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if own_logits.shape != logits.shape:
+            own_shape, shape = tuple(own_logits.shape), tuple(logits.shape)
+            raise ValueError(f"model: {name}'s own logits have shape {own_shape}, its head's have {shape}; wanted one")
+        difference = (own_logits - logits).abs().max().item()
+        # A few roundings in the model's dtype; an unknown scale or cap changes far more than that.
+        allowed = max(1e-4, 4 * torch.finfo(self.head.weight.dtype).eps) * own_logits.abs().max().item()
+        if not difference <= allowed:
+            raise ValueError(
+                f"model: {name}'s own logits differ by up to {difference:.3g} (allowed {allowed:.1g}) from those of "
+                f"its head with logit_scale={scale} and logit_softcap={softcap}; wanted equal ones: if another scale "
+                "or cap makes them so, give it as logit_scale= or logit_softcap="
+            )
+
+
+def _unwrap(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside DistributedDataParallel and PeftModel."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    if isinstance(inner, PeftModel):
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"model: given a {type(model).__name__}, wanted a transformers PreTrainedModel")
+    return inner
+
+
+def _plain_head(model: PreTrainedModel) -> nn.Linear:
+    """The model's head, which must be exactly a linear layer: the loss multiplies by its weight without calling it."""
+    name = type(model).__name__
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"model: {name} has no output embeddings; wanted a causal language model")
+    kind = type(head)
+    if kind.__module__.partition(".")[0] == "peft":
+        raise ValueError(
+            f"model: the head of this {name} is adapted (peft's {kind.__name__}); wanted it plain: leave it out of "
+            "target_modules, modules_to_save and trainable_token_indices, or merge the adapter first"
+        )
+    if kind is not nn.Linear or type(head.weight) is not nn.Parameter or head.weight.element_size() < 2:
+        raise ValueError(
+            f"model: the head of this {name} is a {kind.__name__} with a {head.weight.dtype} "
+            f"{type(head.weight).__name__}; wanted a plain nn.Linear, neither quantised nor wrapped"
+        )
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    if any(hooks) or "forward" in vars(head):
+        raise ValueError(f"model: the head of this {name} has hooks, which the loss would pass by; wanted them removed")
+    return head
+
+
+def _logit_options(config: PretrainedConfig) -> dict[str, Any]:
+    """What the config says happens to the head's output, in mind_kernels' terms."""
+    options: dict[str, Any] = {"logit_scale": 1.0, "logit_softcap": getattr(config, "final_logit_softcapping", None)}
+    if getattr(config, "logit_scale", None) is not None:
+        options["logit_scale"] = config.logit_scale
+    elif getattr(config, "logits_scaling", None) is not None:
+        options["logit_scale"] = 1 / config.logits_scaling
+    return options
+
+
+def _make_forward(original_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function for MethodType: it reads its attachment off the instance, so that a copied model uses its own."""
+    parameters = list(inspect.signature(original_forward).parameters.values())
+    names = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        shift_labels: Tensor | None = None,
+        rationale_weights: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        answer_index: Tensor | None = None,
+        teacher: Any = None,
+        num_questions: int | Tensor | None = None,
+        **inputs: Any,
+    ) -> Any:
+        attachment: MindAttachment = getattr(self, _ATTRIBUTE)
+        tensors = {
+            "rationale_weights": rationale_weights,
+            "cu_seqlens": cu_seqlens,
+            "answer_index": answer_index,
+            "teacher": teacher,
+            "num_questions": num_questions,
+        }
+        if shift_labels is None:
+            given = [name for name, value in tensors.items() if value is not None]
+            if given:
+                raise ValueError(f"shift_labels: given None with {', '.join(given)}, wanted a tensor of shape (R, T)")
+            return attachment.original_forward(*args, **inputs)
+        inputs |= dict(zip(names, args, strict=False))
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        return attachment.compute_loss(inputs, shift_labels, **tensors)
+
+    # generate() and Trainer read from the signature which inputs the model takes.
+    own = [p for p in inspect.signature(forward).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    variadic = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
+    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    others = [p for p in parameters if p not in variadic]
+    forward.__signature__ = inspect.Signature([self_parameter, *others, *own, *variadic])  # type: ignore[attr-defined]
+    return forward

@@ -1,0 +1,553 @@
+"""attach_mind_loss on tiny random models of many architectures, against Hugging Face's own logits and loss."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from mind.attach import MindOutput, attach_mind_loss
+from mind_kernels import TeacherLogits
+
+B, K, T, A, V = 2, 3, 10, 2, 61
+CONSISTENCY = 0.7
+
+_SIZES = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.3,  # logits of several units, so that a cap bends them
+}
+_GPT2_SIZES = {
+    "vocab_size": V,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_OPT_SIZES = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "init_std": 0.3,
+}
+# What each is here for stands beside it.
+ARCHITECTURES = {
+    "llama": ("Llama", _SIZES),
+    "qwen2": ("Qwen2", _SIZES),  # biases in attention
+    "qwen3": ("Qwen3", _SIZES | {"tie_word_embeddings": True}),
+    "mistral": ("Mistral", _SIZES | {"sliding_window": 4}),
+    "phi3": ("Phi3", _SIZES),  # fused projections
+    "gemma2": ("Gemma2", _SIZES | {"final_logit_softcapping": 3.0, "tie_word_embeddings": True}),
+    "gemma3": ("Gemma3", _SIZES | {"final_logit_softcapping": 3.0, "tie_word_embeddings": True}),
+    "gpt2": ("GPT2", _GPT2_SIZES),  # another base_model_prefix, order of arguments and config names
+    "granite": ("Granite", _SIZES | {"logits_scaling": 4.0}),  # divides
+    "cohere": ("Cohere", _SIZES | {"logit_scale": 0.25}),  # multiplies
+    "phi": ("Phi", _SIZES),  # a bias in the head
+    "opt": ("OPT", _OPT_SIZES),  # a decoder inside the base model
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float64) -> transformers.PreTrainedModel:
+    architecture, sizes = ARCHITECTURES[name]
+    prefix = "Gemma3Text" if architecture == "Gemma3" else architecture
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{prefix}Config")(**sizes))
+    head = model.get_output_embeddings()
+    if head.bias is not None:
+        nn.init.normal_(head.bias)
+    return model.to(dtype).eval()  # no dropout, so that two runs agree
+
+
+def batch(left_padding: int = 0) -> dict[str, Tensor]:
+    """B·K rows of T tokens: row 0 padded on the left, the others by 0 to 2 on the right; the prompts unsupervised.
+
+    Gemma 2's own fp64 attention gives NaN for a row that begins with padding, hence 0 by default.
+    """
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(3, V, (B * K, T), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[0, :left_padding] = 0
+    for row in range(1, B * K):
+        attention_mask[row, T - row % 3 :] = 0
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    labels[:, :2] = -100
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def shifted(labels: Tensor) -> Tensor:
+    return nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+
+
+def mind_inputs(left_padding: int = 0) -> dict[str, Tensor]:
+    """The same batch in MIND's form: α with a zero, answers of A tokens, one of them absent in one rationale."""
+    inputs = batch(left_padding)
+    shift_labels = shifted(inputs.pop("labels"))
+    answer_index = torch.empty(B, K, A, dtype=torch.int64)
+    for row, labels in enumerate(shift_labels):
+        answer_index.view(B * K, A)[row] = row * T + (labels != -100).nonzero().flatten()[-A:]
+    answer_index[1, 2, 0] = -1
+    rationale_weights = torch.tensor([[0.5, 0.2, 0.3], [0.6, 0.0, 0.4]], dtype=torch.float64)
+    return inputs | {
+        "shift_labels": shift_labels,
+        "rationale_weights": rationale_weights,
+        "cu_seqlens": torch.arange(0, B * K * T + 1, T, dtype=torch.int32),
+        "answer_index": answer_index,
+    }
+
+
+def expected_loss(logits: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, cross_entropy, consistency, rationale_losses) written out from the model's own logits (B·K, T, V)."""
+    weights = inputs["rationale_weights"]
+    log_probs = logits.log_softmax(-1)
+    cross_entropy = torch.stack(
+        [nn.functional.nll_loss(row, labels) for row, labels in zip(log_probs, inputs["shift_labels"], strict=True)]
+    ).view(B, K)
+    flat = log_probs.reshape(-1, V)
+    consistency = logits.new_zeros(())
+    for b in range(B):
+        positions = inputs["answer_index"][b]  # (K, A)
+        for i in range(K):
+            for j in range(i + 1, K):
+                divergences = []
+                for a in range(A):
+                    if positions[i, a] < 0 or positions[j, a] < 0:
+                        continue
+                    p, q = flat[positions[i, a]], flat[positions[j, a]]
+                    m = torch.logaddexp(p, q) - torch.tensor(2.0).log()
+                    divergences.append(0.5 * (p.exp() * (p - m)).sum() + 0.5 * (q.exp() * (q - m)).sum())
+                consistency = consistency + weights[b, i] * weights[b, j] * torch.stack(divergences).sum() / A
+    sft = (weights * cross_entropy).sum() / B
+    consistency = consistency / B
+    return sft + CONSISTENCY * consistency, sft, consistency, cross_entropy
+
+
+def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_gradients_close(actual: dict[str, Tensor], wanted: dict[str, Tensor], rtol: float) -> None:
+    """Error relative to the parameter's largest gradient, named by parameter.
+
+    A gradient that is zero but for rounding, as a key bias's, is compared with a thousandth of the largest of all.
+    """
+    assert actual.keys() == wanted.keys()
+    floor = 1e-3 * max(gradient.abs().max() for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        error = (actual[name] - gradient).abs().max() / gradient.abs().max().clamp_min(floor)
+        assert error <= rtol, f"{name}: relative error {error:.2e}"
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("dtype", "left_padding", "rtol"), [(torch.float64, 0, 1e-9), (torch.float32, 3, 2e-4)], ids=["fp64", "fp32"]
+)
+def test_weighted_loss_equals_own_logits(name: str, dtype: torch.dtype, left_padding: int, rtol: float) -> None:
+    model = build(name, dtype)
+    inputs = mind_inputs(left_padding)
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    loss, *parts = expected_loss(logits, inputs)
+    wanted = gradients(loss, model)
+    attach_mind_loss(model, consistency_weight=CONSISTENCY)
+    output = model(**inputs)
+    assert isinstance(output, MindOutput)
+    torch.testing.assert_close(output.loss, loss, rtol=rtol, atol=0, check_dtype=False)
+    for field, part in zip(("cross_entropy", "consistency", "rationale_losses"), parts, strict=True):
+        torch.testing.assert_close(output[field], part, rtol=max(rtol, 1e-6), atol=1e-6, check_dtype=False, msg=field)
+    assert output.kl == 0
+    assert_gradients_close(gradients(output.loss, model), wanted, rtol)
+
+
+def test_plain_loss_equals_own_loss(name: str) -> None:
+    """One rationale that is the whole batch: Hugging Face's mean over the tokens, which it computes in fp32."""
+    model = build(name)
+    inputs = batch()
+    own = model(**inputs).loss
+    wanted = gradients(own, model)
+    attach_mind_loss(model)
+    output = model(
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        shift_labels=shifted(inputs["labels"]),
+        rationale_weights=torch.ones(1, 1, dtype=torch.float64),
+        cu_seqlens=torch.tensor([0, B * K * T], dtype=torch.int32),
+    )
+    torch.testing.assert_close(output.loss, own, rtol=1e-6, atol=0, check_dtype=False)
+    assert_gradients_close(gradients(output.loss, model), wanted, 1e-5)
+
+
+def test_rows_are_rationales_without_cu_seqlens() -> None:
+    model = build("llama")
+    attach_mind_loss(model)
+    inputs = mind_inputs()
+    with_boundaries = model(**inputs).loss
+    del inputs["cu_seqlens"]
+    assert torch.equal(model(**inputs).loss, with_boundaries)
+
+
+def test_unselected_rationales_are_not_in_the_batch() -> None:
+    """Rationale (1, 1) has weight 0: leaving its row out, as an empty segment, changes only its own reported loss."""
+    model = build("gpt2")  # fp64 throughout: others have norms in fp32, whose rounding depends on the number of rows
+    attach_mind_loss(model, consistency_weight=CONSISTENCY)
+    inputs = mind_inputs()
+    whole = model(**inputs)
+    wanted = gradients(whole.loss, model)
+    gone = K + 1
+    kept = [row for row in range(B * K) if row != gone]
+    lengths = torch.full((B * K,), T)
+    lengths[gone] = 0
+    answer_index = inputs["answer_index"].clone()
+    answer_index[1, 1] = -1
+    answer_index[1, 2] = torch.where(answer_index[1, 2] < 0, -1, answer_index[1, 2] - T)
+    some = model(
+        **{key: inputs[key][kept] for key in ("input_ids", "attention_mask", "shift_labels")},
+        rationale_weights=inputs["rationale_weights"],
+        cu_seqlens=nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
+        answer_index=answer_index,
+    )
+    torch.testing.assert_close(some.loss, whole.loss, rtol=1e-12, atol=0)
+    assert some.rationale_losses[1, 1] == 0
+    assert_gradients_close(gradients(some.loss, model), wanted, 1e-9)
+
+
+def test_teacher_and_num_questions_reach_the_loss() -> None:
+    model = build("gemma2")
+    inputs = mind_inputs()
+    del inputs["answer_index"]
+    teacher_logits = torch.randn(B * K * T, V, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    log_p = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.log_softmax(-1)
+    log_t = teacher_logits.view(B * K, T, V).log_softmax(-1)
+    per_token = (log_t.exp() * (log_t - log_p)).sum(-1)  # forward KL(teacher ‖ student)
+    supervised = inputs["shift_labels"] != -100
+    per_rationale = (per_token * supervised).sum(-1) / supervised.sum(-1)
+    wanted = (inputs["rationale_weights"].view(-1) * per_rationale).sum() / 5
+    attach_mind_loss(model, kl_weight=1.0, consistency_weight=0.0)
+    output = model(**inputs, teacher=TeacherLogits(teacher_logits), num_questions=5)
+    torch.testing.assert_close(output.kl, wanted, rtol=1e-6, atol=0, check_dtype=False)
+    torch.testing.assert_close(output.loss, output.cross_entropy + output.kl, rtol=1e-6, atol=0, check_dtype=False)
+
+
+def test_losses_only_without_gradients() -> None:
+    model = build("llama")
+    attach_mind_loss(model)
+    with torch.no_grad():
+        output = model(**mind_inputs())
+    assert not output.loss.requires_grad
+    assert (output.rationale_losses > 0).all()
+
+
+def test_head_is_never_called() -> None:
+    model = build("gemma3")
+    attach_mind_loss(model)
+    calls = []
+    model.lm_head.register_forward_hook(lambda *args: calls.append(args))
+    model(**mind_inputs()).loss.backward()
+    assert not calls
+    assert model.lm_head.weight.grad is not None
+
+
+def test_attaching_leaves_modes_and_random_state() -> None:
+    model = build("gpt2").train()
+    model.transformer.h[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    state = torch.get_rng_state()
+    attach_mind_loss(model)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_original_forward_and_generation_without_labels(name: str) -> None:
+    model = build(name, torch.float32)
+    inputs = batch(left_padding=3)
+    left_padded = {"input_ids": inputs["input_ids"][:1], "attention_mask": inputs["attention_mask"][:1]}
+    own = model(**inputs)
+    generated = model.generate(**left_padded, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    signature = inspect.signature(model.forward)
+    attachment = attach_mind_loss(model)
+    assert list(signature.parameters) == [
+        p for p in inspect.signature(model.forward).parameters if p in signature.parameters
+    ]
+    attached = model(**inputs)
+    assert torch.equal(attached.logits, own.logits)
+    assert torch.equal(attached.loss, own.loss)
+    again = model.generate(**left_padded, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert torch.equal(again, generated)
+    attachment.detach()
+    assert inspect.signature(model.forward) == signature
+
+
+def test_positional_arguments_follow_the_models_own_order() -> None:
+    model = build("gpt2")  # (input_ids, past_key_values, attention_mask, …)
+    attach_mind_loss(model)
+    inputs = mind_inputs(left_padding=3)  # a lost mask would be seen
+    by_name = model(**inputs).loss
+    assert torch.equal(model(inputs.pop("input_ids"), None, inputs.pop("attention_mask"), **inputs).loss, by_name)
+
+
+def test_detach_restores_this_instance_alone() -> None:
+    model, other = build("llama"), build("llama")
+    class_forward = type(model).forward
+    attachment = attach_mind_loss(model)
+    assert type(model).forward is class_forward
+    assert "forward" not in vars(other)
+    with pytest.raises(ValueError, match="has a MIND loss already"):
+        attach_mind_loss(model)
+    attachment.detach()
+    assert vars(model).keys() == vars(other).keys()
+    with pytest.raises(ValueError, match="no longer attached"):
+        attachment.detach()
+    attach_mind_loss(model)
+    assert isinstance(model(**mind_inputs()), MindOutput)
+
+
+def test_a_copy_uses_its_own_weights() -> None:
+    model = build("llama")
+    attach_mind_loss(model)
+    clone = copy.deepcopy(model)
+    before = clone(**mind_inputs()).loss
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(clone(**mind_inputs()).loss, before)
+
+
+def test_saved_model_loads_without_the_loss(tmp_path) -> None:
+    model = build("gemma3", torch.float32)
+    attach_mind_loss(model)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert "forward" not in vars(loaded)
+    inputs = batch()
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_gradient_checkpointing() -> None:
+    model = build("llama").train()
+    attach_mind_loss(model)
+    wanted = gradients(model(**mind_inputs()).loss, model)
+    model.gradient_checkpointing_enable()
+    assert_gradients_close(gradients(model(**mind_inputs()).loss, model), wanted, 1e-12)
+
+
+def test_autocast() -> None:
+    model = build("gemma2", torch.float32)
+    inputs = mind_inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    assert logits.dtype == torch.bfloat16
+    loss = expected_loss(logits.float(), inputs)[0]
+    wanted = gradients(loss, model)
+    attach_mind_loss(model, consistency_weight=CONSISTENCY)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**inputs)
+    torch.testing.assert_close(output.loss, loss, rtol=5e-3, atol=0, check_dtype=False)
+    assert_gradients_close(gradients(output.loss, model), wanted, 5e-2)
+
+
+def test_bfloat16_model() -> None:
+    """The check at attach allows the roundings of the model's dtype."""
+    for name in ("gemma3", "granite", "cohere"):
+        model = build(name, torch.bfloat16)
+        attach_mind_loss(model)
+        assert model(**mind_inputs()).loss.isfinite()
+
+
+def test_accelerate_mixed_precision_wraps_and_unwraps() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        model = build("llama", torch.float32)
+        attachment = attach_mind_loss(model)
+        accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+        model = accelerator.prepare_model(model)
+        output = model(**mind_inputs())
+        accelerator.backward(output.loss)
+        assert model.lm_head.weight.grad.isfinite().all()
+        with pytest.raises(ValueError, match="wrapped after the MIND loss"):
+            attachment.detach()
+        model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        attachment.detach()
+        assert "forward" not in vars(model)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+@pytest.mark.parametrize("attach_first", [True, False], ids=["attach-then-wrap", "wrap-then-attach"])
+def test_distributed_data_parallel(tmp_path, attach_first: bool) -> None:
+    model = build("llama")
+    wanted_model = copy.deepcopy(model)
+    attach_mind_loss(wanted_model)
+    wanted = gradients(wanted_model(**mind_inputs()).loss, wanted_model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        if attach_first:
+            attach_mind_loss(model)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        if not attach_first:
+            attach_mind_loss(wrapped)
+        assert_gradients_close(gradients(wrapped(**mind_inputs()).loss, model), wanted, 1e-12)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def lora(**settings) -> PeftModel:
+    model = get_peft_model(build("gemma3", torch.float32), LoraConfig(r=4, lora_alpha=8, **settings))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)  # zero at first, which would hide the adapter
+    return model.eval()
+
+
+def test_lora_on_all_linear_layers(tmp_path) -> None:
+    model = lora(target_modules="all-linear")
+    inputs = mind_inputs()
+    loss, *_ = expected_loss(model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits, inputs)
+    wanted = gradients(loss, model)
+    attach_mind_loss(model, consistency_weight=CONSISTENCY)
+    output = model(**inputs)
+    torch.testing.assert_close(output.loss, loss, rtol=1e-5, atol=0, check_dtype=False)
+    actual = gradients(output.loss, model)
+    assert actual and all("lora_" in name for name in actual)
+    assert_gradients_close(actual, wanted, 2e-4)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("gemma3", torch.float32), tmp_path).eval()
+    torch.testing.assert_close(loaded(**batch()).logits, model(**batch()).logits)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]},  # tied: the head is wrapped as well
+    ],
+    ids=lambda settings: list(settings)[-1],
+)
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+def test_adapted_head_is_refused_with_the_remedy(settings: dict) -> None:
+    with pytest.raises(ValueError, match="leave it out of target_modules") as error:
+        attach_mind_loss(lora(**settings))
+    assert "\n" not in str(error.value)
+
+
+class QuantisedLinear(nn.Linear):
+    pass
+
+
+def test_heads_that_are_not_plain_are_refused() -> None:
+    model = build("llama")
+    model.lm_head = QuantisedLinear(32, V, bias=False, dtype=torch.float64)
+    with pytest.raises(ValueError, match="is a QuantisedLinear"):
+        attach_mind_loss(model)
+    model = build("llama")
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match="float8_e4m3fn"):
+        attach_mind_loss(model)
+    model = build("llama")
+    handle = model.lm_head.register_forward_pre_hook(lambda module, args: None)
+    with pytest.raises(ValueError, match="has hooks"):
+        attach_mind_loss(model)
+    handle.remove()
+    attach_mind_loss(model)
+
+
+class ScaledLlama(transformers.LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 1.5 * output.logits
+        return output
+
+
+class CappedLlama(transformers.LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 30 * torch.tanh(output.logits / 30)
+        return output
+
+
+class ShiftedLlama(transformers.LlamaForCausalLM):
+    def forward(self, input_ids, **kwargs):
+        return super().forward(input_ids + 1, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "remedy"),
+    [(ScaledLlama, {"logit_scale": 1.5}), (CappedLlama, {"logit_softcap": 30.0}), (ShiftedLlama, None)],
+)
+@pytest.mark.parametrize("initializer_range", [0.02, 0.3], ids=["small-logits", "large-logits"])
+def test_logits_the_head_does_not_explain_are_refused(model_class, remedy, initializer_range: float) -> None:
+    torch.manual_seed(0)
+    model = model_class(transformers.LlamaConfig(**_SIZES | {"initializer_range": initializer_range}))
+    with pytest.raises(ValueError, match=rf"{model_class.__name__}'s own logits differ by up to \d") as error:
+        attach_mind_loss(model)
+    assert "\n" not in str(error.value)
+    assert "forward" not in vars(model)
+    if remedy is not None:
+        attach_mind_loss(model, **remedy)
+        assert model(**mind_inputs()).loss.isfinite()
+
+
+def test_router_loss_is_refused() -> None:
+    sizes = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**_SIZES | sizes, output_router_logits=True))
+    with pytest.raises(ValueError, match="output_router_logits=False"):
+        attach_mind_loss(model)
+    model.config.output_router_logits = False
+    attach_mind_loss(model)
+
+
+def test_other_modules_and_options_are_refused() -> None:
+    with pytest.raises(TypeError, match="given a Linear, wanted a transformers PreTrainedModel"):
+        attach_mind_loss(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="LlamaModel has no output embeddings"):
+        attach_mind_loss(build("llama").model)
+    with pytest.raises(TypeError, match="consistency"):
+        attach_mind_loss(build("llama"), consistency=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rationale_weights": None}, "rationale_weights: given None"),
+        ({"shift_labels": None}, "shift_labels: given None with rationale_weights"),
+        ({"labels": torch.zeros(B * K, T, dtype=torch.int64)}, "labels: given with shift_labels"),
+        ({"num_items_in_batch": 7}, "num_items_in_batch: given with shift_labels"),
+        ({"shift_labels": torch.zeros(B * K, T - 1, dtype=torch.int64)}, r"shift_labels: given shape \(6, 9\)"),
+        ({"cu_seqlens": None, "rationale_weights": torch.full((1, 4), 0.25)}, "wanted one weight for each"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_named(change: dict, message: str) -> None:
+    model = build("llama")
+    attach_mind_loss(model)
+    with pytest.raises(ValueError, match=message) as error:
+        model(**mind_inputs() | change)
+    assert "\n" not in str(error.value)
