@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -137,3 +138,23 @@ def assert_as_good_as_plain(
     plain_error = relative_error(plain, exact)
     error, allowed = relative_error(given, exact), floor + (factor * plain_error if math.isfinite(plain_error) else 0)
     assert error <= allowed, f"{name}: relative error {error:.3e}, wanted at most {allowed:.3e}"
+
+
+def peak_extra_bytes(function: Callable[[], object]) -> int:
+    """Peak resident memory of this process during function() above what it held before, in bytes (Linux).
+
+    The kernel's high-water mark is reset first, so inputs and earlier peaks do not count. A page counts when it is
+    touched.
+    """
+
+    def status(field: str) -> int:
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")
+    before = status("VmRSS:")
+    result = function()
+    peak = status("VmHWM:")
+    del result
+    return peak - before

@@ -1,0 +1,53 @@
+"""The memory contract, measured: gradients + max_logits_bytes + 10 %, in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+MEASURE = """
+import torch
+from mind_kernels import fused_linear_cross_entropy, fused_linear_kl, TeacherHidden
+from mind_kernels.testing import peak_extra_bytes
+
+torch.set_num_threads(1)
+N, H, V, dtype = {N}, {H}, {V}, torch.{dtype}
+X, labels = torch.randn(N, H, dtype=dtype).requires_grad_(), torch.randint(0, V, (N,))
+W = torch.randn(V, H, dtype=dtype).requires_grad_({trains_head})
+
+def step():
+    fused_linear_cross_entropy(X, W, labels, max_logits_bytes={budget})[0].backward()
+
+# The first call pays for what the libraries allocate once.
+fused_linear_cross_entropy(X[:8], W[:512], labels[:8] % 512)[0].backward()
+X.grad = W.grad = None
+gradients = X.nbytes + (W.nbytes if W.requires_grad else 0)
+accumulator = V * H * 4 if dtype != torch.float32 and W.requires_grad and N * V * dtype.itemsize > {budget} else 0
+print(peak_extra_bytes(step), gradients, accumulator)
+"""
+
+MiB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "N", "budget", "trains_head"),
+    [
+        ("one-chunk", "float32", 256, 128 * MiB, True),
+        ("many-chunks", "float32", 512, 24 * MiB, True),
+        ("one-chunk", "bfloat16", 256, 64 * MiB, True),
+        ("many-chunks-with-accumulator", "bfloat16", 512, 24 * MiB, True),
+        ("frozen-head", "bfloat16", 512, 24 * MiB, False),
+    ],
+)
+def test_peak_is_gradients_and_budget(name: str, dtype: str, N: int, budget: int, trains_head: bool) -> None:
+    code = MEASURE.format(N=N, H=256, V=131_072, dtype=dtype, budget=budget, trains_head=trains_head)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak, gradients, accumulator = map(int, done.stdout.split())
+    allowed = 1.1 * (gradients + budget + accumulator)
+    assert peak <= allowed, f"peak {peak / MiB:.0f} MiB, wanted at most {allowed / MiB:.0f} MiB"
+    full_logits = N * 131_072 * (4 if dtype == "float32" else 2)
+    if budget < full_logits:
+        assert peak < gradients + accumulator + full_logits, "the whole logits were alive"
