@@ -1,0 +1,197 @@
+"""MindConfig: every setting of a training run. Each field is also a flag of the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+from mind.prompting import PromptFormat
+
+ASSISTANT_METHODS = ("mind", "instant_meta", "no_attention", "no_cons")  # those whose weights a teaching assistant sets
+
+
+@dataclass
+class MindConfig(TrainingArguments):
+    """`transformers.TrainingArguments` with MIND's settings and defaults.
+
+    Defaults that differ from TrainingArguments': 8 questions an optimiser step (one at a time, accumulated: a question
+    is up to K sequences), learning rate 1e-5 (1e-4 with LoRA), cosine schedule with 3 % warm-up, every step logged, two
+    checkpoints kept. Keep the student's weights in fp32 and set `bf16` for autocast: at 1e-5 an update is smaller than
+    the spacing of bf16 numbers, so pure bf16 weights would round it away.
+
+    Raises: ValueError naming the field whose value is out of range or cannot be met.
+    """
+
+    # What the student learns from
+    method: Literal[
+        "mind", "no_fusion", "instant_loss", "instant_meta", "no_attention", "no_cons", "single_path", "mcc_kd"
+    ] = field(
+        default="mind",
+        metadata={
+            "help": "mind: the whole method. no_fusion: all rationales weigh the same. instant_loss: weights from the "
+            "student's current losses, no teaching assistant. instant_meta: the assistant steps as often as the "
+            "student. no_attention: it scores each rationale alone. no_cons: no consistency loss. single_path: one "
+            "golden rationale. mcc_kd: two random rationales and symmetric KL between their answers."
+        },
+    )
+    beta: float = field(
+        default=0.8,
+        metadata={"help": "A rationale is selected when its score is at least beta times the best, in [0, 1]."},
+    )
+    tau: float = field(default=0.2, metadata={"help": "Temperature of the calibration loss and of instant_loss."})
+    tau_student: float = field(default=0.1, metadata={"help": "Temperature of the selected rationales' weights."})
+    consistency_weight: float = field(
+        default=0.1, metadata={"help": "λ: weight of the divergence between the answers after different rationales."}
+    )
+    golden_perspective: str | None = field(
+        default=None,
+        metadata={"help": "single_path's rationale. Default: the first perspective that the question has."},
+    )
+
+    # A white-box teacher's distributions
+    kl_weight: float = field(default=0.0, metadata={"help": "γ: weight of the KL to the teacher; needs a teacher."})
+    kl_divergence: Literal["forward", "reverse", "jsd"] = field(
+        default="forward",
+        metadata={"help": "forward: KL(teacher‖student). reverse: KL(student‖teacher). jsd: generalised by kl_beta."},
+    )
+    kl_beta: float = field(default=0.5, metadata={"help": "β of the generalised Jensen-Shannon divergence, in (0, 1)."})
+    kl_temperature: float = field(default=1.0, metadata={"help": "Temperature of teacher and student in the KL."})
+    kl_temperature_power: Literal[0, 2] = field(
+        default=2, metadata={"help": "The KL is multiplied by the temperature to this power."}
+    )
+
+    # The teaching assistant
+    assistant_hidden_size: int = field(default=256, metadata={"help": "Width d of the teaching assistant."})
+    assistant_heads: int = field(default=4, metadata={"help": "Attention heads of the teaching assistant."})
+    assistant_dropout: float = field(default=0.1, metadata={"help": "Dropout of the teaching assistant."})
+    shared_head: bool = field(
+        default=False,
+        metadata={"help": "One scoring head for all perspectives: for samples that have no names of their own."},
+    )
+    assistant_warmup_epochs: int = field(
+        default=2, metadata={"help": "Epochs in which the assistant is trained alone, the student frozen."}
+    )
+    assistant_warmup_lr: float = field(default=1e-3, metadata={"help": "Its learning rate in these epochs."})
+    assistant_learning_rate: float = field(default=1e-4, metadata={"help": "Its learning rate beside the student."})
+    assistant_window: int = field(
+        default=32, metadata={"help": "Questions between two of its steps: filters the noise of single batches."}
+    )
+    calibration_direction: Literal["prediction_first", "target_first"] = field(
+        default="prediction_first",
+        metadata={"help": "prediction_first: KL(score‖loss). target_first: KL(loss‖score), the classic order."},
+    )
+    loss_ema: float = field(
+        default=0.0,
+        metadata={"help": "Decay, in [0, 1), of the moving average of the losses that the assistant sees. 0: off."},
+    )
+
+    # Tokens and memory
+    answer_suffix: str = field(
+        default=PromptFormat.answer_suffix, metadata={"help": 'What follows every rationale; holds "{answer}" once.'}
+    )
+    max_length: int = field(
+        default=1024, metadata={"help": "Tokens of a prompt, rationale and suffix; a longer one is an error."}
+    )
+    max_logits_bytes: int | None = field(
+        default=None, metadata={"help": "Memory budget of the loss for logits, in bytes. Default: the kernels' own."}
+    )
+
+    # LoRA
+    use_lora: bool = field(default=False, metadata={"help": "Train LoRA adapters on all linear layers only."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters: alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapters."})
+
+    # TrainingArguments with other defaults
+    output_dir: str = field(default="runs/mind", metadata={"help": "Folder of checkpoints, logs and the final model."})
+    per_device_train_batch_size: int = field(
+        default=1, metadata={"help": "Questions in one forward pass; each brings its selected rationales."}
+    )
+    gradient_accumulation_steps: int = field(
+        default=8, metadata={"help": "Forward passes in one optimiser step: times the batch size, 8 questions."}
+    )
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Of the student. Default: 1e-5, with LoRA 1e-4."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule of the student."})
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Warm-up steps of the student's schedule; below 1, a share of all steps."}
+    )
+    logging_steps: float = field(default=1, metadata={"help": "Log every this many optimiser steps."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave off: a NaN or Inf loss stops the run, it is not filtered from the log."}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints are kept."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Leave off: batches are questions, not columns."}
+    )
+
+    def __post_init__(self) -> None:
+        positive = (
+            "tau",
+            "tau_student",
+            "kl_temperature",
+            "assistant_hidden_size",
+            "assistant_heads",
+            "assistant_warmup_lr",
+            "assistant_learning_rate",
+            "assistant_window",
+            "max_length",
+            "lora_r",
+            "lora_alpha",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+        )
+        for name in positive:
+            self._want(name, getattr(self, name) > 0, "a positive number")
+        for name in ("consistency_weight", "kl_weight", "assistant_warmup_epochs"):
+            self._want(name, getattr(self, name) >= 0, "a number that is not negative")
+        for name in ("assistant_dropout", "lora_dropout", "loss_ema"):
+            self._want(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        self._want("beta", 0 <= self.beta <= 1, "a number in [0, 1]")
+        self._want("kl_beta", 0 < self.kl_beta < 1, "a number in (0, 1)")
+        self._want("max_logits_bytes", self.max_logits_bytes is None or self.max_logits_bytes > 0, "a positive number")
+        heads = self.assistant_heads
+        fits = self.assistant_hidden_size % heads == 0 and self.assistant_hidden_size % 2 == 0
+        self._want("assistant_hidden_size", fits, f"a multiple of 2 and of assistant_heads = {heads}")
+        choices = {
+            "method": (*ASSISTANT_METHODS, "no_fusion", "instant_loss", "single_path", "mcc_kd"),
+            "kl_divergence": ("forward", "reverse", "jsd"),
+            "kl_temperature_power": (0, 2),
+            "calibration_direction": ("prediction_first", "target_first"),
+        }
+        for name, values in choices.items():
+            self._want(name, getattr(self, name) in values, "one of " + ", ".join(map(str, values)))
+        PromptFormat(self.answer_suffix)
+        # What the trainer does not do is refused, not ignored.
+        for name, value, reason in (
+            ("eval_strategy", "no", "held-out accuracy is measured by mind.evaluation"),
+            ("load_best_model_at_end", False, "held-out accuracy is measured by mind.evaluation"),
+            ("label_smoothing_factor", 0.0, "the fused loss has no label smoothing"),
+            ("auto_find_batch_size", False, "it starts training again after the assistant has moved"),
+            ("include_num_input_tokens_seen", "no", "supervised tokens per second are logged instead"),
+            ("remove_unused_columns", False, "batches are questions, not columns"),
+        ):
+            given = getattr(self, name)
+            self._want(name, given == value or not given, f"{value!r}: {reason}")
+        if self.use_liger_kernel:
+            fused = (self.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
+            self._want("liger_kernel_config", not fused, '{"fused_linear_cross_entropy": false}: the loss is fused')
+        if self.learning_rate is None:
+            self.learning_rate = 1e-4 if self.use_lora else 1e-5
+        super().__post_init__()
+
+    def _want(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise ValueError(f"{name}: given {getattr(self, name)!r}, want {wanted}")
+
+    @property
+    def uses_assistant(self) -> bool:
+        """Whether a teaching assistant sets the weights, and so needs the student's losses."""
+        return self.method in ASSISTANT_METHODS
+
+    @property
+    def prompt_format(self) -> PromptFormat:
+        return PromptFormat(self.answer_suffix)

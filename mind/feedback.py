@@ -1,0 +1,79 @@
+"""What the micro-batches of a training run tell, and the means of it that are logged."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mind.assistant import calibration_loss, rank_correlation
+from mind.collator import QuestionBatch
+from mind.config import MindConfig
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What one micro-batch told, kept until it is checked, learned from and logged."""
+
+    batch: QuestionBatch
+    scores: Tensor | None  # (B, K), None without a teaching assistant
+    weights: Tensor  # (B, K), α
+    losses: Tensor  # (B, K) fp32 nats per token, on the student's device; read only where measured
+    measured: Tensor  # (B, K) bool
+    parts: Tensor  # (3,) cross-entropy, consistency, KL: shares of the optimiser step's, on the student's device
+
+
+def summarise(
+    feedback: Sequence[Feedback], config: MindConfig, perspectives: Sequence[str], *, steps: float, seconds: float
+) -> dict[str, tuple[float, float]]:
+    """What is logged, each as (sum, what the sum is to be divided by), so that ranks can be added up. In nats.
+
+    cross_entropy, consistency, kl: the loss's parts before their weights, per optimiser step (`consistency` is the
+        symmetric KL in mcc_kd; `kl` only with a teacher)
+    selected_rationales: |I| per question. weight_entropy: of α, per question
+    supervised_tokens_per_second
+    perspective_loss/<name>: the student's mean token cross-entropy, over the rationales that were measured
+    and with a teaching assistant:
+    perspective_score/<name>. meta_loss: L_meta. rank_correlation: of score and loss, −1 when perfectly calibrated
+
+    steps, seconds: the optimiser steps and the time that `feedback` spans. Waits for the student's device once.
+    """
+    mask = torch.cat([item.batch.mask for item in feedback])
+    weights = torch.cat([item.weights for item in feedback])
+    measured = torch.cat([item.measured for item in feedback])
+    losses = torch.cat([item.losses for item in feedback]).cpu()
+    cross_entropy, consistency, kl = torch.stack([item.parts for item in feedback]).sum(0).tolist()
+    tokens = sum(item.batch.target_tokens(item.weights > 0) for item in feedback)
+    # Each part is already divided by the questions of its step.
+    totals = {"cross_entropy": (cross_entropy, steps), "consistency": (consistency, steps)}
+    if config.kl_weight > 0:
+        totals["kl"] = (kl, steps)
+    totals["selected_rationales"] = ((weights > 0).sum().item(), len(weights))
+    totals["weight_entropy"] = (torch.special.entr(weights).sum().item(), len(weights))
+    totals["supervised_tokens_per_second"] = (tokens, seconds)
+    for k, name in enumerate(perspectives):
+        totals[f"perspective_loss/{name}"] = (losses[measured[:, k], k].sum().item(), measured[:, k].sum().item())
+    if config.uses_assistant:
+        scores = torch.cat([item.scores for item in feedback if item.scores is not None])
+        for k, name in enumerate(perspectives):
+            totals[f"perspective_score/{name}"] = (scores[mask[:, k], k].sum().item(), mask[:, k].sum().item())
+        meta_loss = calibration_loss(scores, losses, mask, tau=config.tau, direction=config.calibration_direction)
+        totals["meta_loss"] = (meta_loss.item() * len(scores), len(scores))
+        correlation = rank_correlation(scores, losses, mask)
+        totals["rank_correlation"] = (correlation.nansum().item(), (~correlation.isnan()).sum().item())
+    return totals
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory this process has held: on the GPU, or resident in RAM. None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,281 @@
+"""What the student reads and writes: prompt, rationale and answer suffix as token ids, and the answer read back.
+
+One training sequence is
+
+    prompt_ids(question) + rationale_ids(text) + suffix_ids(answer)
+
+The three are tokenised separately and concatenated, so the last A ids (the suffix) are the same in all rationales of a
+question. The prompt is never supervised; the suffix ends with the token at which generation stops.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ANSWER = "{answer}"  # the placeholder in PromptFormat.answer_suffix
+PLAIN_TEMPLATE = "Question: {question}\nAnswer:\n"  # for a tokenizer without a chat template
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a question and a rationale become one training sequence.
+
+    answer_suffix: what follows every rationale. It holds "{answer}" exactly once, with some text before it, by which
+        `extract_answer` finds the answer again. Only "{answer}" is replaced, so LaTeX needs no doubled braces:
+        "\\n\\\\boxed{{answer}}" gives "\\n\\\\boxed{42}".
+
+    Raises: ValueError when the suffix does not hold "{answer}" once or has no text before it.
+    """
+
+    answer_suffix: str = "\nThe answer is {answer}."
+
+    def __post_init__(self) -> None:
+        if self.answer_suffix.count(ANSWER) != 1:
+            raise ValueError(f'answer_suffix must contain "{ANSWER}" exactly once, got {self.answer_suffix!r}')
+        if not self.answer_suffix.partition(ANSWER)[0].strip():
+            raise ValueError(f'answer_suffix must have text before "{ANSWER}", got {self.answer_suffix!r}')
+
+    def prompt_ids(self, tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+        """Ids of the question up to where the student starts to write.
+
+        The tokenizer's chat template with its generation prompt when there is one (the template writes the BOS token
+        itself, if the model has one), otherwise PLAIN_TEMPLATE, where the tokenizer adds what it puts before a text.
+        """
+        if tokenizer.chat_template:
+            turns = [{"role": "user", "content": question}]
+            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            return tokenizer(text, add_special_tokens=False).input_ids
+        ids = tokenizer(PLAIN_TEMPLATE.replace("{question}", question)).input_ids
+        # A tokenizer may also close every text with EOS, but this one goes on.
+        return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+
+    def rationale_ids(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+        """Ids of the rationale, stripped of outer whitespace; "<|im_end|>" written in it is text, not the token."""
+        return tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def suffix_ids(self, tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
+        """Ids of the answer suffix and the end-of-turn token: the A supervised ids that all rationales share."""
+        return [*_continuation_ids(tokenizer, self.answer_suffix.replace(ANSWER, answer)), end_of_turn_id(tokenizer)]
+
+    def extract_answer(self, generated: str) -> str | None:
+        """The answer in a generated text, or None: what stands where `answer_suffix` has "{answer}", last occurrence.
+
+        The text before the answer is matched whatever its case and spacing. The answer reaches to the text that closes
+        the suffix (for a "}" the one that balances, for a "." one that is not a decimal point) or to the end of the
+        line; outer whitespace, periods and colons are dropped. So with the default suffix an answer that itself holds a
+        period and a space ("St. Ives") is cut there: use a suffix without a period for such data.
+        """
+        before, _, after = self.answer_suffix.partition(ANSWER)
+        opening = r"\s+".join(re.escape(word) for word in before.split())
+        matches = list(re.finditer(opening, generated, flags=re.IGNORECASE))
+        if not matches:
+            return None
+        rest = generated[matches[-1].end() :].lstrip(" \t:")
+        line = rest.partition("\n")[0]
+        return _up_to(line, after.strip()).strip().rstrip(".").strip() or None
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends the student's turn, at which its generation stops.
+
+    With a chat template it is the first special token the template writes after an assistant's turn ("<|im_end|>",
+    "<end_of_turn>", "<|eot_id|>", "</s>" …), otherwise the tokenizer's EOS.
+
+    Raises: ValueError when the tokenizer has neither.
+    """
+    if tokenizer.chat_template:
+        probe = "4d494e44"  # any text that no template holds
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": probe}]
+        tail = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(probe)[2]
+        for token_id in tokenizer(tail, add_special_tokens=False).input_ids:
+            # The special tokens are exactly those that this kind of decoding drops; all_special_ids lacks some of them.
+            if tokenizer.decode([token_id], skip_special_tokens=True) == "":
+                return token_id
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer has no EOS token and its chat template ends no turn, want one of the two")
+    return tokenizer.eos_token_id
+
+
+def _continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text that stands in the middle of a sequence: without the space sentencepiece puts before a text."""
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    if ids and tokenizer.convert_ids_to_tokens(ids)[0].startswith("▁") and not text.startswith(" "):
+        # After a line break no space is put; the ids of the line break alone are then cut off again.
+        anchor = tokenizer("\n", add_special_tokens=False, split_special_tokens=True).input_ids
+        ids = tokenizer("\n" + text, add_special_tokens=False, split_special_tokens=True).input_ids[len(anchor) :]
+    return ids
+
+
+def _up_to(line: str, closing: str) -> str:
+    """The line up to the first `closing` outside braces that a letter or digit does not follow; all of it otherwise."""
+    if not closing:
+        return line
+    depth = 0
+    for i, char in enumerate(line):
+        if depth == 0 and line.startswith(closing, i) and not line[i + len(closing) :][:1].isalnum():
+            return line[:i]
+        depth += (char == "{") - (char == "}")
+    return line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing answers
+
+MAX_EXPRESSION_LENGTH = 256  # characters; a longer "answer" is compared as text only
+TIME_LIMIT = 2  # seconds for parsing or comparing one expression
+TOLERANCE = Fraction(1, 10**6)  # relative below 1, absolute above: two different whole numbers never match
+
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
+_NUMBER = re.compile(
+    rf"""[$€£¥₹]?\s*(?P<sign>[-+]?)\s*[$€£¥₹]?\s*
+    (?:(?P<whole>\d+)\s+(?=\d+\s*/))?                  # 3 1/2
+    (?P<numerator>{_DIGITS})(?:e(?P<exponent>[-+]?\d{{1,2}}))?
+    (?:\s*/\s*(?P<denominator>{_DIGITS}))?
+    (?:\s*(?P<percent>%|percent\b))?
+    # A unit: words, with ^2 or ^3. One letter, pi or sqrt may be algebra: left to math-verify.
+    (?:(?:\s+|(?=[^\W\d_]{{2}}|°))(?!(?:[a-z]|pi|sqrt)\b)[^\W\d_°](?:[^\d\\=+*<>^]|\^[23])*|\s*°[cf]?)?""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_FRAME = re.compile(
+    r"\$+([^$]+)\$+ | \\\((.+)\\\) | \\\[(.+)\\\] | \*\*(.+)\*\*"
+    r"| \\(?:boxed|text|mathrm|textbf)\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}",
+    re.VERBOSE | re.DOTALL,
+)
+_OPTION = re.compile(r"(?:(?:option|choice)\s+)?(?:\(([A-Z])\)|([A-Z])[).:])(?:\s.*)?", re.DOTALL)
+_OPTION_ALONE = re.compile(r"(?:(?:option|choice)\s+)?\(?([A-Z])\)?[.:]?", re.IGNORECASE)
+_COLON = re.compile(r"(\d+(?:\s*:\s*\d+)+)\s*([ap]\.?\s?m\.?)?", re.IGNORECASE)
+_TRUTH = {"yes": True, "true": True, "no": False, "false": False}
+
+
+def answers_match(given: str | None, wanted: str) -> bool:
+    """Whether two answers have the same value. Any text is allowed; an answer that cannot be read matches nothing.
+
+    In this order: the same words (case, spacing, final punctuation and a leading article aside); option letters
+    ("(B)", "B.", "B) 12 cm"); yes/no and true/false by the first word; clock times and ratios part by part; numbers
+    (thousands commas, decimals, fractions, mixed numbers, percentages, currency signs; what follows the last "="),
+    whose unit is not compared and where 75 % matches both 75 and 0.75; the rest, LaTeX and algebra, by math-verify.
+
+    Numbers match to TOLERANCE. math-verify limits its own time by SIGALRM, which only the main thread can set: called
+    in another thread the comparison runs in a child process (about 2 s, only for answers that are not plain numbers).
+    """
+    if given is None:
+        return False
+    given, wanted = _clean(given), _clean(wanted)
+    if not given or not wanted:
+        return False
+    if _words(given) == _words(wanted):
+        return True
+    if max(len(given), len(wanted)) > MAX_EXPRESSION_LENGTH:
+        return False
+    given_option, wanted_option = _option(given), _option(wanted)
+    if given_option and wanted_option:
+        return given_option == wanted_option
+    if _words(wanted) in _TRUTH:
+        first_word = re.split(r"\W", _words(given), maxsplit=1)[0]
+        return _TRUTH.get(first_word) == _TRUTH[_words(wanted)]
+    given_colon, wanted_colon = _COLON.fullmatch(given), _COLON.fullmatch(wanted)
+    if given_colon and wanted_colon:
+        return _same_colon(given_colon, wanted_colon)
+    given_value, wanted_value = _number(given), _number(wanted)
+    if given_value and wanted_value:
+        return _same_number(given_value, wanted_value)
+    if re.search(r"[\d\\^+*/=<>]", wanted):
+        return _same_expression(given, wanted)
+    return False
+
+
+def _clean(text: str) -> str:
+    """Without typographic variants and without what only frames an answer: $…$, \\boxed{…}, **…**, a final period."""
+    for old, new in (("−", "-"), ("–", "-"), ("\u00a0", " "), ("\u202f", " "), ("\\$", "$"), ("\\%", "%"), ("\\!", "")):
+        text = text.replace(old, new)
+    text = text.replace("{,}", ",")
+    while True:
+        text = text.strip().rstrip(".").strip()
+        framed = _FRAME.fullmatch(text)
+        if framed is None:
+            return text
+        text = next(group for group in framed.groups() if group is not None)
+
+
+def _words(text: str) -> str:
+    """Case-folded, single-spaced, without a leading article or outer quotes and punctuation."""
+    words = " ".join(text.casefold().split()).strip("\"'“”‘’.,;:!? ")
+    return re.sub(r"^(?:the|an|a) (?=.)", "", words)
+
+
+def _option(text: str) -> str | None:
+    """The letter of a multiple-choice answer, upper case."""
+    match = _OPTION_ALONE.fullmatch(text) or _OPTION.fullmatch(text)
+    return next(group for group in match.groups() if group).upper() if match else None
+
+
+def _same_colon(given: re.Match[str], wanted: re.Match[str]) -> bool:
+    """07:30 = 7:30, 3 : 4 = 3:4; "am" or "pm" counts when the wanted answer has it."""
+    parts = [[int(part) for part in match[1].split(":")] for match in (given, wanted)]
+    halves = [(match[2] or "").lower()[:1] for match in (given, wanted)]
+    return parts[0] == parts[1] and halves[1] in ("", halves[0])
+
+
+def _number(text: str) -> tuple[Fraction, bool] | None:
+    """(value, whether it has a percent sign) of a plain number, exact; None for anything else."""
+    match = _NUMBER.fullmatch(re.split(r"(?<![<>!:])=", text)[-1].strip())
+    if match is None:
+        return None
+    value = Fraction(match["numerator"].replace(",", "")) * Fraction(10) ** int(match["exponent"] or 0)
+    if match["denominator"] is not None:
+        denominator = Fraction(match["denominator"].replace(",", ""))
+        if denominator == 0:
+            return None
+        value /= denominator
+    value += int(match["whole"] or 0)
+    return (-value if match["sign"] == "-" else value), match["percent"] is not None
+
+
+def _same_number(given: tuple[Fraction, bool], wanted: tuple[Fraction, bool]) -> bool:
+    candidates = [given[0]]
+    if given[1] != wanted[1]:  # 75 % is written as 75 and as 0.75
+        candidates.append(given[0] / 100 if given[1] else given[0] * 100)
+    tolerance = TOLERANCE * min(Fraction(1), abs(wanted[0]))
+    return any(abs(value - wanted[0]) <= tolerance for value in candidates)
+
+
+def _same_expression(given: str, wanted: str) -> bool:
+    """math-verify's verdict, within a time limit on any thread."""
+    if threading.current_thread() is threading.main_thread():
+        return _verify(given, wanted)
+    program = "import json, sys; from mind.prompting import _verify; sys.exit(3 - 3 * _verify(*json.load(sys.stdin)))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.run(
+        [sys.executable, "-c", program],
+        input=json.dumps([given, wanted]),  # ASCII, whatever the answers hold
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if child.returncode not in (0, 3):
+        raise RuntimeError(f"comparing answers in a child process failed: {child.stderr.strip()[-500:]}")
+    return child.returncode == 0
+
+
+def _verify(given: str, wanted: str) -> bool:
+    """Whether sympy finds two expressions equal; False when one cannot be read or the time is up. Main thread only."""
+    import math_verify  # here because it takes a second to import sympy and most answers are plain numbers
+
+    parsed = []
+    for text in (wanted, given):
+        # The whole text is one expression, not the first number in a sentence.
+        latex = text if re.search(r"\$|\\\(|\\\[", text) else f"${text}$"
+        config = [math_verify.LatexExtractionConfig()]
+        parsed.append(math_verify.parse(latex, config, fallback_mode="no_fallback", parsing_timeout=TIME_LIMIT))
+    return bool(math_verify.verify(*parsed, timeout_seconds=TIME_LIMIT))

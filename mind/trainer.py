@@ -1,0 +1,573 @@
+"""MindTrainer: transformers.Trainer with the teaching assistant's selection before the student's forward pass.
+
+One micro-batch of B questions:
+
+    scores s (B, K)  ->  weights α (B, K)  ->  the student reads the rationales with α > 0 and nothing else;
+    the losses of the others are measured forward-only, and only when the assistant learns from them.
+
+Every loss is divided by the questions of the whole optimiser step: all its micro-batches on all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, rotate_checkpoints
+
+from mind.assistant import TeachingAssistant, load_assistant, select_rationales
+from mind.attach import MindAttachment, attach_mind_loss
+from mind.calibration import Calibrator
+from mind.checkpoint import PARTIAL_PREFIX, STATE_FILE, publish, read_state, remove_partial
+from mind.collator import QuestionBatch, collate, student_inputs
+from mind.config import MindConfig
+from mind.data import EncodedQuestion, MindDataset
+from mind.feedback import Feedback, peak_memory_bytes, summarise
+from mind_kernels import TeacherHidden, fused_linear_cross_entropy
+
+
+class MindTrainer(Trainer):
+    """Distils a student from several rationales a question, as `args.method` says.
+
+    model: the student, a causal LM. Its forward takes the fused loss while it trains and is its own again afterwards.
+    train_dataset: questions with features (without, for a method that has no teaching assistant).
+    processing_class: the student's tokenizer; saved with the student.
+    assistant: a teaching assistant to start from; default a new one as configured.
+    teacher: a causal LM with the student's tokenizer and vocabulary, given exactly when `args.kl_weight` > 0.
+
+    Raises: TypeError or ValueError naming the argument or field that does not fit the others.
+    """
+
+    # compute_loss has divided by the questions of the whole optimiser step: training_step must not divide again.
+    loss_is_scaled_for_ga = True
+    args: MindConfig
+    model: PreTrainedModel
+    train_dataset: MindDataset
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: MindConfig,
+        train_dataset: MindDataset,
+        *,
+        processing_class: PreTrainedTokenizerBase,
+        assistant: TeachingAssistant | None = None,
+        teacher: PreTrainedModel | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ) -> None:
+        if not isinstance(args, MindConfig):
+            raise TypeError(f"args: given {type(args).__name__}, want MindConfig")
+        if not isinstance(train_dataset, MindDataset):
+            raise TypeError(f"train_dataset: given {type(train_dataset).__name__}, want MindDataset")
+        if args.n_gpu > 1:
+            raise ValueError(f"given {args.n_gpu} GPUs in one process, want one process a GPU: launch with torchrun")
+        _check_dataset(train_dataset, args, model)
+        super().__init__(
+            model=_with_lora(model, args) if args.use_lora else model,
+            args=args,
+            data_collator=collate,  # type: ignore[arg-type]  # batches of questions, not of columns
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = True  # the same, for a Trainer that does not know loss_is_scaled_for_ga
+        self.add_callback(_StepCallback(self))
+        self.perspectives = train_dataset.perspectives
+        self.calibrator = self._make_calibrator(assistant) if args.uses_assistant else None
+        self._student: MindAttachment | None = None  # while the fused loss is attached
+        self._teacher = self._make_teacher(teacher)
+        self._pad_token_id = processing_class.pad_token_id or 0  # masked everywhere: any token will do
+        self._partial_dir: str | None = None  # while a checkpoint is being written
+        self._since_step: list[Feedback] = []  # the micro-batches of the current optimiser step
+        self._since_log: list[Feedback] = []
+        self._log_start, self._log_steps = time.perf_counter(), 0
+        self._resumed = False
+
+    @property
+    def assistant(self) -> TeachingAssistant | None:
+        return None if self.calibrator is None else self.calibrator.assistant
+
+    def _make_calibrator(self, assistant: TeachingAssistant | None) -> Calibrator:
+        feature_dim, args = self.train_dataset.feature_dim, self.args
+        if feature_dim is None:
+            raise ValueError(f"train_dataset: has no features, want RationaleEncoder's for method {args.method!r}")
+        if assistant is None:
+            assistant = TeachingAssistant(
+                feature_dim,
+                len(self.perspectives),
+                hidden_size=args.assistant_hidden_size,
+                num_heads=args.assistant_heads,
+                dropout=args.assistant_dropout,
+                attention=args.method != "no_attention",
+                shared_head=args.shared_head,
+            )
+        return Calibrator(assistant, self.train_dataset, args, self._average_gradients)
+
+    def _make_teacher(self, teacher: PreTrainedModel | None) -> MindAttachment | None:
+        """The teacher's base model, head, scale and cap; its forward stays as it is."""
+        given, weight = ("none" if teacher is None else "one"), self.args.kl_weight
+        if (teacher is not None) != (weight > 0):
+            raise ValueError(f"teacher: given {given} with kl_weight = {weight}, want one exactly when it is above 0")
+        if teacher is None:
+            return None
+        attachment = attach_mind_loss(nn.Module.to(teacher, self.args.device).eval())
+        attachment.detach()
+        given_size, wanted_size = attachment.head.out_features, self.model.get_output_embeddings().out_features
+        if given_size != wanted_size:
+            raise ValueError(f"teacher: has {given_size} tokens in its vocabulary, want the student's {wanted_size}")
+        return attachment
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # One micro-batch
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[QuestionBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[QuestionBatch], Tensor | int]:
+        """The micro-batches of one optimiser step, and how many questions they hold on all ranks together."""
+        batches = list(islice(epoch_iterator, num_batches))
+        num_questions = sum(map(len, batches))
+        if self.accelerator.num_processes == 1:
+            return batches, num_questions
+        return batches, self.accelerator.gather(torch.tensor([num_questions], device=device)).sum()
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        inputs: QuestionBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The student's objective on the selected rationales, divided by `num_items_in_batch` questions."""
+        num_questions = len(inputs) if num_items_in_batch is None else num_items_in_batch
+        scores, weights, losses = self._weigh(inputs)
+        selected = weights > 0
+        if self.calibrator is not None:
+            losses = self._measure(inputs.questions, inputs.mask & ~selected)
+        batch = self._student_inputs(inputs.questions, selected)
+        teacher = {} if self._teacher is None else {"teacher": self._teacher_rows(batch)}
+        with self._hidden_states() as hidden_states:
+            output = model(
+                **batch,
+                **teacher,
+                rationale_weights=weights.to(self.args.device),
+                num_questions=num_questions,
+            )
+        loss, consistency = output.loss, output.consistency
+        if self.args.method == "mcc_kd":
+            answer_index = batch["answer_index"][selected.any(-1)]
+            consistency = self._symmetric_kl(hidden_states[0], answer_index) / num_questions
+            loss = loss + self.args.consistency_weight * consistency
+        own_losses = output.rationale_losses.float()
+        self._since_step.append(
+            Feedback(
+                batch=inputs,
+                scores=scores,
+                weights=weights,
+                losses=own_losses if losses is None else own_losses.where(selected.to(own_losses.device), losses),
+                measured=selected if losses is None else inputs.mask,
+                parts=torch.stack([output.cross_entropy, consistency.detach(), output.kl]).float(),
+            )
+        )
+        # The ranks' gradients are averaged, but this loss is already a share of the sum over all ranks.
+        loss = loss * self.accelerator.num_processes
+        return (loss, output) if return_outputs else loss
+
+    def _weigh(self, inputs: QuestionBatch) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """(scores, α, losses), (B, K) each: scores of a teaching assistant, losses where α comes from them."""
+        mask, args = inputs.mask, self.args
+        if self.calibrator is not None:
+            scores = self.calibrator.scores(inputs)
+            return scores, select_rationales(scores, mask, beta=args.beta, tau_student=args.tau_student), None
+        if args.method == "instant_loss":
+            losses = self._measure(inputs.questions, mask)
+            self._check_finite(inputs, losses.cpu(), mask)
+            return None, (-losses.cpu() / args.tau).masked_fill(~mask, -torch.inf).softmax(-1), losses
+        chosen = mask  # no_fusion
+        if args.method == "single_path":
+            golden = args.golden_perspective
+            first = mask.int().argmax(-1)  # the first perspective that each question has
+            index = first if golden is None else torch.full_like(first, self.perspectives.index(golden))
+            chosen = F.one_hot(index, mask.shape[1]).bool()
+        if args.method == "mcc_kd":  # two at random, or the only one
+            order = torch.rand(mask.shape).masked_fill(~mask, -1.0).argsort(dim=-1, descending=True)
+            chosen = mask & (order.argsort(dim=-1) < 2)
+        return None, chosen / chosen.sum(-1, keepdim=True), None
+
+    def _student_inputs(self, questions: Sequence[EncodedQuestion], selected: Tensor) -> dict[str, Tensor]:
+        batch = student_inputs(questions, selected, self._pad_token_id)
+        return {name: tensor.to(self.args.device, non_blocking=True) for name, tensor in batch.items()}
+
+    @torch.no_grad()
+    def _measure(self, questions: Sequence[EncodedQuestion], wanted: Tensor) -> Tensor:
+        """The student's loss on the wanted rationales (B, K), fp32 nats per token, 0 elsewhere; forward-only.
+
+        The student is in eval mode, so no dropout disturbs what the assistant is told.
+        """
+        if not bool(wanted.any()):
+            return torch.zeros(wanted.shape, device=self.args.device)
+        student = self._attached()
+        batch = self._student_inputs(questions, wanted)
+        training = student.model.training
+        student.model.eval()
+        with self.accelerator.autocast():
+            hidden_states = _last_hidden_states(student, batch)
+            settings = student.loss.settings
+            _, losses = fused_linear_cross_entropy(
+                hidden_states,
+                student.head.weight,
+                batch["shift_labels"],
+                rationale_weights=wanted.float().to(self.args.device),
+                cu_seqlens=batch["cu_seqlens"],
+                lm_head_bias=student.head.bias,
+                **{name: settings[name] for name in ("logit_scale", "logit_softcap", "max_logits_bytes")},
+            )
+        student.model.train(training)
+        return losses.float()
+
+    @torch.no_grad()
+    def _teacher_rows(self, batch: dict[str, Tensor]) -> TeacherHidden:
+        """The white-box teacher on the same tokens, in its own dtype."""
+        assert self._teacher is not None
+        head, settings = self._teacher.head, self._teacher.loss.settings
+        with torch.autocast(self.args.device.type, enabled=False):
+            hidden_states = _last_hidden_states(self._teacher, batch)
+        return TeacherHidden(hidden_states, head.weight, head.bias, settings["logit_scale"], settings["logit_softcap"])
+
+    def _symmetric_kl(self, hidden_states: Tensor, answer_index: Tensor) -> Tensor:
+        """Σ_b ½·[KL(P_i ‖ P_j) + KL(P_j ‖ P_i)], the mean over the answer tokens; nats, fp32, gradient into both sides.
+
+        hidden_states: (N, H). answer_index: (B, K, A), −1 = absent; two rationales of a question, or one: then it is 0.
+        """
+        student = self._attached()
+        scale, softcap = student.loss.settings["logit_scale"], student.loss.settings["logit_softcap"]
+        total = hidden_states.sum() * 0.0
+        for rows in answer_index:  # (K, A)
+            rows = rows[(rows >= 0).any(-1)]
+            rows = rows[:, (rows >= 0).all(0)]
+            if len(rows) < 2:
+                continue
+            with self.accelerator.autocast():
+                logits = F.linear(hidden_states[rows], student.head.weight, student.head.bias)  # (2, A, V)
+            logits = scale * logits.float()
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            log_p, log_q = logits.log_softmax(-1)
+            # KL(p ‖ q) + KL(q ‖ p) = Σ (p − q)·(log p − log q)
+            total = total + 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean()
+        return total
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # One optimiser step
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Trainer's, and the one place of a step that waits for the device: a NaN or Inf stops the run here.
+
+        Raises: ValueError with the number of the step and the questions.
+        """
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # fp16's loss scaler expects gradients that overflow: it skips the step and lowers its scale.
+        norm = 0.0 if self.args.fp16 else float(grad_norm)
+        total = sum(feedback.losses.sum() + feedback.parts.sum() for feedback in self._since_step)
+        if not math.isfinite(total + norm):
+            for feedback in self._since_step:
+                self._check_finite(feedback.batch, feedback.losses.cpu(), feedback.measured)
+            ids = ", ".join(repr(name) for feedback in self._since_step for name in feedback.batch.ids)
+            step = self.state.global_step + 1
+            raise ValueError(f"step {step}: the gradient norm is {norm}, want a finite number; questions {ids}")
+        return grad_norm
+
+    def _check_finite(self, batch: QuestionBatch, losses: Tensor, measured: Tensor) -> None:
+        """Raises: ValueError naming the step and each question whose losses (B, K) are not finite where measured."""
+        wrong = measured & ~losses.isfinite()
+        if bool(wrong.any()):
+            ids = ", ".join(repr(name) for name, row in zip(batch.ids, wrong, strict=True) if bool(row.any()))
+            step, value = self.state.global_step + 1, losses[wrong][0].item()
+            raise ValueError(f"step {step}: the student's loss is {value}, want a finite number; questions {ids}")
+
+    def _learn_from_feedback(self) -> None:
+        """Just before the student's optimiser steps: the assistant gets this step's losses of all ranks."""
+        if self.calibrator is not None:
+            indices = torch.cat([feedback.batch.indices for feedback in self._since_step])
+            losses = torch.cat([feedback.losses for feedback in self._since_step])
+            if self.accelerator.num_processes > 1:
+                indices, losses = self.accelerator.gather((indices.to(losses.device), losses))
+            self.calibrator.observe(indices, losses)
+            self.calibrator.step_if_due()
+        self._since_log += self._since_step
+        self._since_step = []
+        self._log_steps += 1
+
+    def _average_gradients(self, assistant: TeachingAssistant) -> None:
+        """Ranks hold the same assistant and the same feedback; only their dropout differs."""
+        if self.accelerator.num_processes > 1:
+            gradients = [parameter.grad for parameter in assistant.parameters() if parameter.grad is not None]
+            flat = nn.utils.parameters_to_vector(gradients).to(self.args.device)
+            nn.utils.vector_to_parameters(self.accelerator.reduce(flat, reduction="mean").cpu(), gradients)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The whole run
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As Trainer.train. A fresh run starts with the assistant's warm-up; a resumed one goes on where it stopped.
+
+        Raises: ValueError when the checkpoint is not one of this method, these perspectives and these questions, or
+            when a loss or gradient is NaN or Inf.
+        """
+        if self.args.should_save:
+            remove_partial(self.args.output_dir)
+        self.accelerator.wait_for_everyone()
+        checkpoint = None
+        if resume_from_checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint: {self.args.output_dir} holds no whole checkpoint, want one")
+        elif resume_from_checkpoint:
+            checkpoint = os.fspath(resume_from_checkpoint)
+        self._resumed = checkpoint is not None
+        if checkpoint is not None:
+            self._load_state(checkpoint)
+        with self._fused_loss():
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
+
+    @contextmanager
+    def _fused_loss(self) -> Iterator[None]:
+        """The student with the fused loss attached; its own forward afterwards, whatever happens."""
+        args = self.args
+        self._student = attach_mind_loss(
+            self.model,
+            consistency_weight=0.0 if args.method in ("no_cons", "mcc_kd") else args.consistency_weight,
+            kl_weight=args.kl_weight,
+            divergence=args.kl_divergence,
+            beta=args.kl_beta,
+            temperature=args.kl_temperature,
+            temperature_power=args.kl_temperature_power,
+            max_logits_bytes=args.max_logits_bytes,
+        )
+        try:
+            yield
+        finally:
+            # Accelerate has wrapped the attached forward for mixed precision: take that off first.
+            self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+            self._student.detach()
+            self._student = None
+
+    def _attached(self) -> MindAttachment:
+        if self._student is None:
+            raise RuntimeError("the fused loss is not attached: use train() or measure_losses()")
+        return self._student
+
+    @contextmanager
+    def _hidden_states(self) -> Iterator[list[Tensor]]:
+        """Collects what the base model gives, flattened to (N, H), with its graph; for mcc_kd alone."""
+        collected: list[Tensor] = []
+        if self.args.method != "mcc_kd":
+            yield collected
+            return
+        hook = self._attached().base.register_forward_hook(
+            lambda module, args, output: collected.append(output[0].flatten(0, 1))
+        )
+        try:
+            yield collected
+        finally:
+            hook.remove()
+
+    def measure_losses(self, dataset: MindDataset | None = None) -> Tensor:
+        """The student's loss on every rationale (num_questions, K), fp32 nats per token, NaN where there is none.
+
+        dataset: default the training data. Forward-only, shared among the ranks.
+        Raises: ValueError naming the questions whose loss is not finite.
+        """
+        if self._student is None:
+            with self._fused_loss():
+                return self.measure_losses(dataset)
+        dataset = self.train_dataset if dataset is None else dataset
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        batches = torch.arange(len(dataset)).split(self.args.per_device_train_batch_size)[rank::ranks]
+        losses = torch.zeros(len(dataset), len(dataset.perspectives), device=self.args.device)
+        quiet = self.args.disable_tqdm or not self.is_local_process_zero()
+        for indices in tqdm(batches, desc="measuring the student", unit="batch", disable=quiet):
+            batch = collate([dataset[i] for i in indices.tolist()])
+            losses[indices.to(losses.device)] = self._measure(batch.questions, batch.mask)
+        losses = self.accelerator.reduce(losses, reduction="sum").cpu()
+        mask = torch.tensor([question.mask for question in dataset.questions])
+        self._check_finite(QuestionBatch(dataset.questions, mask, None), losses, mask)
+        return losses.masked_fill(~mask, torch.nan)
+
+    def score(self, dataset: MindDataset | None = None) -> Tensor:
+        """The assistant's scores (num_questions, K) of a dataset with features, 0 where there is no rationale."""
+        if self.calibrator is None:
+            raise ValueError(f"method {self.args.method!r} has no teaching assistant, want one of those that do")
+        dataset = self.train_dataset if dataset is None else dataset
+        batches = (collate(dataset.questions[i : i + 256]) for i in range(0, len(dataset), 256))
+        return torch.cat([self.calibrator.scores(batch) for batch in batches])
+
+    def _begin(self) -> None:
+        """Before the first step, the student prepared: the assistant's warm-up, unless the run is resumed."""
+        self._since_step, self._since_log, self._log_steps = [], [], 0
+        if self.calibrator is not None and not self._resumed:
+            losses = self.measure_losses()
+            for epoch, metrics in enumerate(self.calibrator.warm_up(losses), start=1):
+                self.log({"assistant_warmup_epoch": epoch, **{f"assistant_warmup/{k}": v for k, v in metrics.items()}})
+            scores = self.score().masked_fill(losses.isnan(), torch.nan)
+            self.log(
+                {
+                    f"assistant_warmup/perspective_{kind}/{name}": value
+                    for kind, values in (("loss", losses.nanmean(0)), ("score", scores.nanmean(0)))
+                    for name, value in zip(self.perspectives, values.tolist(), strict=True)
+                }
+            )
+        self._log_start = time.perf_counter()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Logging
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's, with `summarise`d feedback since the last time, of all ranks, beside the training loss."""
+        if "loss" in logs and self._since_log:
+            feedback, self._since_log = self._since_log, []
+            now, ranks = time.perf_counter(), self.accelerator.num_processes
+            totals = summarise(
+                feedback,
+                self.args,
+                self.perspectives,
+                steps=self._log_steps / ranks,
+                seconds=(now - self._log_start) / ranks,
+            )
+            self._log_start, self._log_steps = now, 0
+            table = torch.tensor(list(totals.values()), device=self.args.device)  # (metrics, 2)
+            sums, counts = self.accelerator.reduce(table, reduction="sum").cpu().unbind(-1)
+            means = dict(zip(totals, (sums / counts).tolist(), strict=True))
+            logs |= {name: mean for name, mean in means.items() if not math.isnan(mean)}  # NaN: there was nothing
+            peak = peak_memory_bytes(self.args.device)
+            logs |= {} if peak is None else {"peak_memory_bytes": peak}
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: QuestionBatch) -> int:  # type: ignore[override]
+        """6 operations a parameter and trained token, 2 for a token that is only measured."""
+        feedback = self._since_step[-1]
+        selected = feedback.weights > 0
+        trained, measured = inputs.tokens(selected), inputs.tokens(feedback.measured & ~selected)
+        return (6 * trained + 2 * measured) * self.model.num_parameters(exclude_embeddings=True)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Saving and resuming
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's, and the teaching assistant beside the student."""
+        super().save_model(output_dir, _internal_call)
+        if self.calibrator is not None and self.args.should_save:
+            self.calibrator.assistant.save(output_dir or self.args.output_dir, self.perspectives)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._partial_dir or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's checkpoint with MIND's state, under another name until the last byte is on the disk.
+
+        A run killed at any moment leaves whole checkpoints and at most one folder that is not taken for one.
+        """
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        partial = os.path.join(self.args.output_dir, PARTIAL_PREFIX + name)
+        self._partial_dir = partial
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._partial_dir = None
+        self.accelerator.wait_for_everyone()  # each rank has written its own random state
+        if self.args.should_save:
+            if not self.args.save_only_model:
+                calibrator = None if self.calibrator is None else self.calibrator.state_dict()
+                torch.save(self._identity() | {"calibrator": calibrator}, os.path.join(partial, name, STATE_FILE))
+            publish(partial, self.args.output_dir, name)
+            rotate_checkpoints(self.args.output_dir, save_total_limit=self.args.save_total_limit, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint and the run that resumes it must have in common."""
+        return {
+            "method": self.args.method,
+            "perspectives": list(self.perspectives),
+            "question_ids": [question.id for question in self.train_dataset.questions],
+        }
+
+    def _load_state(self, checkpoint: str) -> None:
+        state = read_state(checkpoint, self._identity())
+        if self.calibrator is None:
+            return
+        assistant, _ = load_assistant(checkpoint)
+        for name, wanted in self.calibrator.assistant.options.items():
+            if assistant.options[name] != wanted:
+                given = assistant.options[name]
+                raise ValueError(f"{checkpoint}: its teaching assistant has {name} = {given}, want {wanted}")
+        self.calibrator.assistant.load_state_dict(assistant.state_dict())
+        self.calibrator.load_state_dict(state["calibrator"])
+
+
+class _StepCallback(TrainerCallback):
+    """The two moments at which Trainer calls back what MindTrainer has to do."""
+
+    def __init__(self, trainer: MindTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._begin()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._learn_from_feedback()
+
+
+def _last_hidden_states(attachment: MindAttachment, batch: dict[str, Tensor]) -> Tensor:
+    """(R·T, H), what enters the head."""
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    return attachment.base(**inputs, use_cache=False)[0].flatten(0, 1)
+
+
+def _check_dataset(dataset: MindDataset, args: MindConfig, model: PreTrainedModel) -> None:
+    if len(dataset) == 0:
+        raise ValueError("train_dataset: has no questions, want at least one")
+    golden = args.golden_perspective
+    if golden is not None:
+        if golden not in dataset.perspectives:
+            raise ValueError(f"golden_perspective: given {golden!r}, want one of {', '.join(dataset.perspectives)}")
+        k = dataset.perspectives.index(golden)
+        missing = [question.id for question in dataset.questions if not question.mask[k]]
+        if missing and args.method == "single_path":
+            raise ValueError(f"golden_perspective: question {missing[0]!r} has no {golden!r}, want one in each")
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    for question in dataset.questions:
+        largest = max(max(ids) for ids in (question.prompt_ids, *question.target_ids) if ids)
+        if largest >= vocab_size:
+            raise ValueError(
+                f"train_dataset: token {largest} in question {question.id!r}, want tokens below the student's "
+                f"vocabulary of {vocab_size}: is this its tokenizer?"
+            )
+
+
+def _with_lora(model: PreTrainedModel, args: MindConfig) -> Any:
+    from peft import LoraConfig, get_peft_model  # here because only LoRA needs peft
+
+    lora = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules="all-linear",  # but the head
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)

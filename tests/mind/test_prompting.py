@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from mind.prompting import PromptFormat, answers_match, end_of_turn_id
+
+QUESTION = "Tom has 3 boxes of 14 pens. How many pens has he?"
+RATIONALE = "One box holds 14 pens.\nThree boxes hold 3 * 14 = 42."
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Writes BOS itself, and ends turns with a token that is neither EOS nor named in the tokenizer, as Gemma's does.
+TURNS = (
+    "<bos>{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+SPECIAL = ["<unk>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
+
+
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """As GPT-2's: bytes and a few merges, no space before a text; adds BOS to a text."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[AddedToken(token, special=True) for token in SPECIAL],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([QUESTION, RATIONALE, "\nThe answer is 42."] * 3, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
+
+
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 2's: a space before a text, a line break is a byte; closes a text with EOS too."""
+    pieces = sorted({*"▁abcdefghijklmnopqrstuvwxyzTOHBI0123456789.,?*=:\\{}QA", "▁T", "Th", "▁Th", "he", "The", "▁The"})
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *(f"<0x{i:02X}>" for i in range(256)), *pieces])}
+    merges = [("T", "h"), ("▁", "Th"), ("▁Th", "e"), ("Th", "e")]
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.fixture(params=["byte_level", "sentencepiece"])
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    return byte_level_tokenizer() if request.param == "byte_level" else sentencepiece_tokenizer()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token ids
+
+
+def test_plain_template_reads_as_one_text(tokenizer):
+    prompt_format = PromptFormat()
+    prompt_ids = prompt_format.prompt_ids(tokenizer, QUESTION)
+    rationale_ids = prompt_format.rationale_ids(tokenizer, f"  {RATIONALE}\n\n")
+    suffix_ids = prompt_format.suffix_ids(tokenizer, "42")
+    assert prompt_ids[0] == tokenizer.bos_token_id
+    assert prompt_ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.eos_token_id not in prompt_ids + rationale_ids
+    assert suffix_ids[-1] == tokenizer.eos_token_id and suffix_ids.count(tokenizer.eos_token_id) == 1
+    text = tokenizer.decode(prompt_ids + rationale_ids + suffix_ids, skip_special_tokens=True)
+    # The sentencepiece tokenizer puts its space before the rationale, and nowhere else.
+    assert text.replace("\n One", "\nOne") == f"Question: {QUESTION}\nAnswer:\n{RATIONALE}\nThe answer is 42."
+
+
+def test_suffix_has_no_dummy_space():
+    tokenizer = sentencepiece_tokenizer()
+    assert tokenizer.tokenize("The") == ["▁The"]
+    assert tokenizer.convert_ids_to_tokens(PromptFormat("The {answer}").suffix_ids(tokenizer, "42"))[:2] == ["The", "▁"]
+    assert tokenizer.convert_ids_to_tokens(PromptFormat().suffix_ids(tokenizer, "42"))[:2] == ["<0x0A>", "The"]
+    assert tokenizer.convert_ids_to_tokens(PromptFormat(" The {answer}").suffix_ids(tokenizer, "4"))[0].startswith("▁")
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "end"),
+    [
+        (CHATML, f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+        (TURNS, f"<bos><start_of_turn>user\n{QUESTION}<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>"),
+    ],
+    ids=["chatml", "turns_with_bos"],
+)
+def test_chat_template(template, prompt, end):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = template
+    ids = PromptFormat().prompt_ids(tokenizer, QUESTION)
+    assert tokenizer.decode(ids) == prompt  # in particular one BOS at most
+    assert tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer)) == end
+    assert PromptFormat().suffix_ids(tokenizer, "42")[-1] == end_of_turn_id(tokenizer)
+
+
+def test_chat_template_that_ends_no_turn_stops_at_eos():
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id
+
+
+def test_special_tokens_in_data_are_text(tokenizer):
+    ids = PromptFormat().rationale_ids(tokenizer, "stop<eos>here")
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.eos_token_id not in PromptFormat().suffix_ids(tokenizer, "<eos>")[:-1]
+    assert tokenizer("stop<eos>here", add_special_tokens=False).input_ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_tokenizer_without_an_end_is_refused():
+    tokenizer = byte_level_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"^tokenizer has no EOS token and its chat template ends no turn"):
+        PromptFormat().suffix_ids(tokenizer, "42")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "message"),
+    [
+        ("\nThe answer is 42.", r'answer_suffix must contain "\{answer\}" exactly once, got'),
+        ("\n{answer}, so {answer}", r'answer_suffix must contain "\{answer\}" exactly once, got'),
+        ("\n{answer}.", r'answer_suffix must have text before "\{answer\}", got'),
+    ],
+)
+def test_bad_suffix(suffix, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        PromptFormat(suffix)
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading the answer back
+
+SUFFIXES = [
+    "\nThe answer is {answer}.",
+    "\n\\boxed{{answer}}",
+    "\n\\boxed{{{answer}}}",
+    "\n#### {answer}",
+    "\nA: ${answer}$ !",
+]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    "answer", ["42", "-3.50", "1,234", "\\frac{1}{2}", "(B)", "7:30 pm", "$5", "U.S.A", "x = {1, 2}"]
+)
+def test_extract_answer_inverts_the_suffix(suffix, answer):
+    prompt_format = PromptFormat(suffix)
+    written = suffix.replace("{answer}", answer)
+    assert prompt_format.extract_answer(RATIONALE + written) == answer
+    # the last one counts, and what the student adds on further lines does not matter
+    early = suffix.replace("{answer}", "999")
+    assert prompt_format.extract_answer(RATIONALE + early + "\nNo, wait." + written + "\n\nQuestion: 17.") == answer
+
+
+@given(answer=st.from_regex(r"[\w$][\w ,/%$+*=-]{0,20}[\w%]", fullmatch=True), suffix=st.sampled_from(SUFFIXES[:4]))
+def test_extract_answer_property(answer, suffix):
+    text = RATIONALE + suffix.replace("{answer}", answer)
+    assert PromptFormat(suffix).extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("generated", "wanted"),
+    [
+        ("so the  answer\nis 3.50. I checked it.", "3.50"),  # other case, spacing and an addition on the line
+        ("The answer is: 12 dollars", "12 dollars"),
+        ("The answer is", None),
+        ("The answer is .", None),
+        ("it is 42", None),
+        ("", None),
+    ],
+)
+def test_extract_answer_of_a_free_text(generated, wanted):
+    assert PromptFormat().extract_answer(generated) == wanted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing answers
+
+SAME = [
+    ("42", "42"),
+    ("42.", "42"),
+    ("42.0", "42"),
+    ("1,234", "1234"),
+    ("$1,234.50", "1234.5"),
+    ("-$5", "-5"),
+    ("$-5", "-5"),
+    ("−5", "-5"),  # a typographic minus
+    ("€20", "20"),
+    ("20 dollars", "$20"),
+    ("42 apples", "42"),
+    ("5 km/h", "5"),
+    ("5 m", "5"),
+    ("12 cm^2", "12 square centimetres"),
+    ("90°", "90"),
+    ("3/4", "0.75"),
+    ("3 1/2", "3.5"),
+    ("0.333333", "1/3"),
+    ("1e3", "1000"),
+    ("75%", "75"),
+    ("75 percent", "0.75"),
+    ("0.5", "50%"),
+    ("3 * 14 = 42 pens", "42"),
+    ("x = 3", "3"),
+    ("$42$", "42"),
+    ("\\boxed{7}", "7"),
+    ("**7**", "7"),
+    ("\\(\\frac{1}{2}\\)", "0.5"),
+    ("\\frac12", "1/2"),
+    ("3\\frac{1}{2}", "3.5"),
+    ("1{,}000", "1000"),
+    ("10\\%", "0.1"),
+    ("12\\text{ cm}", "12"),
+    ("(x+1)^2", "x^2+2x+1"),
+    ("sqrt(2)", "\\sqrt{2}"),
+    ("{2, 1}", "{1,2}"),
+    ("07:30", "7:30"),
+    ("7:30 p.m.", "7:30 PM"),
+    ("3 : 4", "3:4"),
+    ("B", "(B)"),
+    ("(b)", "B"),
+    ("B. 12 cm", "B"),
+    ("Option B", "(B) 12 cm"),
+    ("Yes, because it is even", "yes"),
+    ("no", "No."),
+    ("False", "no"),
+    ("the Monday", "monday"),
+    ("  New   York ", "new york"),
+]
+DIFFERENT = [
+    (None, "42"),
+    ("", "42"),
+    ("42", ""),
+    ("43", "42"),
+    ("-42", "42"),
+    ("4.2", "42"),
+    ("10000001", "10000000"),
+    ("0.0000001", "0.0000002"),
+    ("10.0001", "10"),
+    ("0.33", "1/3"),
+    ("1/0", "0"),
+    ("7 or 8", "8"),
+    ("12 apples and 8 pears", "8"),
+    ("2 pi", "2"),
+    ("2x", "2"),
+    ("7:45", "7:30"),
+    ("7:30 am", "7:30 pm"),
+    ("7", "7:30"),
+    ("C", "(B)"),
+    ("(A) 12", "(B) 12"),
+    ("Bob", "B"),
+    ("yes", "no"),
+    ("maybe", "yes"),
+    ("nobody", "no"),
+    ("Tuesday", "Monday"),
+    ("act", "cat"),
+    ("x^2+1", "x^2"),
+    ("half", "1/2"),
+]
+
+
+@pytest.mark.parametrize(("given_answer", "wanted"), SAME)
+def test_same_value(given_answer, wanted):
+    assert answers_match(given_answer, wanted)
+
+
+@pytest.mark.parametrize(("given_answer", "wanted"), DIFFERENT)
+def test_different_value(given_answer, wanted):
+    assert not answers_match(given_answer, wanted)
+
+
+@given(a=st.integers(-(10**12), 10**12), b=st.integers(-(10**12), 10**12))
+def test_whole_numbers_match_only_themselves(a, b):
+    assert answers_match(f"{a:,}", str(a))
+    assert answers_match(f"${b}", str(a)) == (a == b)
+
+
+ANSWER_LIKE = st.text(st.sampled_from("0123456789.,/%$^*+-=(){}[]\\!:ABxyπ²\n \x00\ud800"), max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    given_answer=st.one_of(st.text(max_size=40), ANSWER_LIKE),
+    wanted=st.sampled_from(["42", "\\frac{1}{2}", "x+1", "B"]),
+)
+def test_garbage_raises_nothing(given_answer, wanted):
+    assert answers_match(given_answer, wanted) in (True, False)
+
+
+@pytest.mark.parametrize(
+    "bomb", ["9**9**9**9", "$9^{9^{9^{9}}}$", "123456789!", "1e999999999", "(" * 10_000, "{" * 200]
+)
+def test_nothing_hangs(bomb):
+    start = time.perf_counter()
+    assert not answers_match(bomb, "1")
+    assert time.perf_counter() - start < 10
+
+
+def test_other_threads():
+    """Plain numbers need no time limit; an expression is compared in a child process, with the same verdicts."""
+    pairs = [("1,234", "1234"), ("(x+1)^2", "x^2+2x+1"), ("9**9**9**9", "1"), ("\x00\ud800^2", "x^2")]
+    verdicts: list[bool] = []
+    thread = threading.Thread(target=lambda: verdicts.extend(answers_match(*pair) for pair in pairs))
+    thread.start()
+    thread.join(timeout=60)
+    assert verdicts == [True, True, False, False]

@@ -1,0 +1,817 @@
+"""MindTrainer: selection before the forward pass, normalisation, methods, checkpoints, errors. About a minute."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
+
+import mind.trainer
+from mind.assistant import load_assistant
+from mind.calibration import Calibrator
+from mind.collator import QuestionBatch
+from mind.config import MindConfig
+from mind.data import EncodedQuestion, MindDataset, load_records
+from mind.trainer import MindTrainer
+
+from .tiny import FEATURE_DIM, PERSPECTIVES, raw_records, tiny_dataset, tiny_student, tiny_tokenizer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Such small products gain nothing from a second thread; and the number of threads is part of what is bitwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+METHODS = ("mind", "no_fusion", "instant_loss", "instant_meta", "no_attention", "no_cons", "single_path", "mcc_kd")
+WITH_ASSISTANT = ("mind", "instant_meta", "no_attention", "no_cons")
+LAMBDA = 0.5
+
+
+def config(folder: Path, **changes: Any) -> MindConfig:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-3,
+        "consistency_weight": LAMBDA,
+        "assistant_hidden_size": 8,
+        "assistant_heads": 2,
+        "assistant_window": 4,
+        "assistant_warmup_epochs": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    return MindConfig(**settings | changes)
+
+
+def make_trainer(
+    folder: Path, student: nn.Module | None = None, dataset: MindDataset | None = None, **changes: Any
+) -> MindTrainer:
+    keywords = {name: changes.pop(name) for name in ("teacher", "callbacks", "assistant") if name in changes}
+    return MindTrainer(
+        tiny_student() if student is None else student,  # type: ignore[arg-type]
+        config(folder, **changes),
+        tiny_dataset() if dataset is None else dataset,
+        processing_class=tiny_tokenizer(),
+        **keywords,
+    )
+
+
+def fix_scores(trainer: MindTrainer, scores: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The assistant scores every question's perspectives the same."""
+
+    def fixed(batch: QuestionBatch) -> Tensor:
+        return torch.tensor(scores).expand(batch.mask.shape).masked_fill(~batch.mask, 0.0)
+
+    monkeypatch.setattr(trainer.calibrator, "scores", fixed)
+
+
+class Spy:
+    """Records what reaches the student's base model once the warm-up is over, and the weights of every micro-batch."""
+
+    def __init__(self, trainer: MindTrainer) -> None:
+        self.trained: list[Tensor] = []  # input_ids of each forward pass with a graph
+        self.measured: list[Tensor] = []  # and of each forward-only one
+        self.modes: list[bool] = []  # whether dropout was off in the forward-only ones
+        self.batches: list[QuestionBatch] = []
+        self.weights: list[Tensor] = []
+        begin, weigh = trainer._begin, trainer._weigh
+
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if torch.is_grad_enabled():
+                assert module.training
+                self.trained.append(kwargs["input_ids"])
+            else:
+                self.measured.append(kwargs["input_ids"])
+                self.modes.append(module.training)
+
+        def begin_then_watch() -> None:
+            begin()
+            trainer.model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
+
+        def weigh_and_record(inputs: QuestionBatch) -> Any:
+            result = weigh(inputs)
+            self.batches.append(inputs)
+            self.weights.append(result[1])
+            return result
+
+        trainer._begin = begin_then_watch  # type: ignore[method-assign]
+        trainer._weigh = weigh_and_record  # type: ignore[method-assign]
+
+
+def rows(input_ids: Tensor) -> list[tuple[int, ...]]:
+    """Sequences without their padding."""
+    return [tuple(t for t in row if t != 257) for row in input_ids.tolist()]
+
+
+def sequence(question: EncodedQuestion, k: int) -> tuple[int, ...]:
+    return (*question.prompt_ids, *question.target_ids[k])
+
+
+# What the objective is, from Hugging Face's own logits of each sequence alone.
+
+
+def log_probs(student: LlamaForCausalLM, question: EncodedQuestion, k: int) -> Tensor:
+    """(targets, V): what the student predicts for the target tokens of one rationale."""
+    ids = torch.tensor([sequence(question, k)])
+    return student(ids).logits[0, len(question.prompt_ids) - 1 : -1].float().log_softmax(-1)
+
+
+def cross_entropy(student: LlamaForCausalLM, question: EncodedQuestion, k: int) -> Tensor:
+    return nn.functional.nll_loss(log_probs(student, question, k), torch.tensor(question.target_ids[k]))
+
+
+def objective(
+    student: LlamaForCausalLM,
+    questions: list[EncodedQuestion],
+    weights: Tensor,
+    divergence: Callable[[Tensor, Tensor], Tensor] | None,
+) -> Tensor:
+    """mean_b [ Σ_k α_k·CE_k + λ·Σ_{i<j} (α_i α_j)·D(P_i, P_j) ], D of answer log-probabilities (A, V)."""
+    total = torch.zeros(())
+    for question, row in zip(questions, weights, strict=True):
+        chosen = [k for k, weight in enumerate(row.tolist()) if weight > 0]
+        total = total + sum(row[k] * cross_entropy(student, question, k) for k in chosen)
+        if divergence is not None:
+            answers = {k: log_probs(student, question, k)[-question.answer_length :] for k in chosen}
+            for i, j in combinations(chosen, 2):
+                total = total + LAMBDA * divergence(answers[i], answers[j]) * row[i] * row[j]
+    return total / len(questions)
+
+
+def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
+    mixture = (0.5 * (p.exp() + q.exp())).log()
+    return 0.5 * ((p.exp() * (p - mixture)) + (q.exp() * (q - mixture))).sum(-1).mean()
+
+
+def symmetric_kl(p: Tensor, q: Tensor) -> Tensor:
+    # ½·[KL(p ‖ q) + KL(q ‖ p)], not weighted by the α_i α_j = ¼ that `objective` multiplies with
+    return 4 * 0.5 * ((p.exp() * (p - q)) + (q.exp() * (q - p))).sum(-1).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Selection comes first
+
+
+def test_only_selected_rationales_reach_the_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path, max_steps=4)
+    fix_scores(trainer, [0.9, 0.5, 0.85, 0.1], monkeypatch)  # 0.8·0.9 = 0.72: the first and third
+    spy = Spy(trainer)
+    trainer.train()
+    assert len(spy.trained) == len(spy.measured) == len(spy.batches) == 4
+    assert not any(spy.modes)
+    for batch, trained, measured, weights in zip(spy.batches, spy.trained, spy.measured, spy.weights, strict=True):
+        chosen = [(question, k) for question in batch.questions for k in (0, 2) if question.mask[k]]
+        others = [(question, k) for question in batch.questions for k in (1, 3)]
+        assert rows(trained) == [sequence(*pair) for pair in chosen]
+        assert rows(measured) == [sequence(*pair) for pair in others]
+        assert trained.shape[1] == max(map(len, rows(trained)))  # no width for what is not there
+        assert ((weights > 0).sum(), weights[~batch.mask].sum()) == (len(chosen), 0)
+        assert torch.allclose(weights.sum(-1), torch.ones(len(batch)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_forward_only_pass_happens_only_for_those_who_need_it(method: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, method=method, beta=0.999)
+    spy = Spy(trainer)
+    trainer.train()
+    trained = sum(len(ids) for ids in spy.trained)
+    measured = sum(len(ids) for ids in spy.measured)
+    valid = int(sum(batch.mask.sum() for batch in spy.batches))
+    assert trained == sum(int((weights > 0).sum()) for weights in spy.weights)
+    if method in WITH_ASSISTANT:
+        assert trained < valid and measured == valid - trained
+    else:
+        assert measured == (valid if method == "instant_loss" else 0)
+    for batch, weights in zip(spy.batches, spy.weights, strict=True):
+        assert (weights[~batch.mask] == 0).all()
+        assert torch.allclose(weights.sum(-1), torch.ones(len(batch)))
+
+
+def test_the_warm_up_leaves_the_student_as_it_was(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, learning_rate=1e-30)
+    student = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    assistant = {name: tensor.clone() for name, tensor in trainer.assistant.state_dict().items()}  # type: ignore[union-attr]
+    with trainer._fused_loss():
+        trainer._begin()
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, student[name]), name
+    changed = trainer.assistant.state_dict()  # type: ignore[union-attr]
+    assert any(not torch.equal(tensor, assistant[name]) for name, tensor in changed.items())
+    table = trainer.calibrator.loss_table  # type: ignore[union-attr]
+    for question in trainer.train_dataset.questions:
+        for k, exists in enumerate(question.mask):
+            if exists:
+                expected = cross_entropy(trainer.model.eval(), question, k)  # type: ignore[arg-type]
+                assert table[question.index, k].item() == pytest.approx(expected.item(), rel=1e-5)
+            else:
+                assert math.isnan(table[question.index, k])
+
+
+@pytest.mark.parametrize(("method", "steps"), [("mind", [2, 4]), ("instant_meta", [1, 2, 3, 4])])
+def test_the_assistant_steps_when_its_window_is_full(
+    method: str, steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two questions an optimiser step, a window of four; instant_meta steps as often as the student."""
+    trainer = make_trainer(tmp_path, method=method, max_steps=4)
+    calls: list[tuple[int, int, float]] = []
+    step = Calibrator._step
+
+    def record(self: Calibrator, indices: Tensor, lr: float) -> Any:
+        calls.append((trainer.state.global_step + 1, len(indices), lr))
+        return step(self, indices, lr)
+
+    monkeypatch.setattr(Calibrator, "_step", record)
+    trainer.train()
+    warm_up = [call for call in calls if call[2] == trainer.args.assistant_warmup_lr]
+    assert [count for _, count, _ in warm_up] == [4, 4]
+    beside = [call for call in calls if call[2] == trainer.args.assistant_learning_rate]
+    assert [call[:2] for call in beside] == [(number, 4 if method == "mind" else 2) for number in steps]
+
+
+def test_the_loss_table_is_a_moving_average(tmp_path: Path) -> None:
+    dataset = tiny_dataset(2)
+    calibrator = make_trainer(tmp_path, dataset=dataset, loss_ema=0.75, assistant_window=2).calibrator
+    assert calibrator is not None
+    indices = torch.tensor([1, 0])
+    calibrator.observe(indices, torch.tensor([[1.0, 2.0, 99.0, 4.0], [5.0, 6.0, 7.0, 8.0]]))
+    calibrator.step_if_due()
+    first = torch.tensor([[5.0, 6.0, 7.0, 8.0], [1.0, 2.0, math.nan, 4.0]])
+    assert torch.equal(calibrator.loss_table.nan_to_num(-1), first.nan_to_num(-1))
+    calibrator.observe(indices, torch.zeros(2, 4))
+    calibrator.step_if_due()
+    assert torch.allclose(calibrator.loss_table, 0.75 * first, equal_nan=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The objective and its normalisation
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_loss_and_gradient_are_the_objective(method: str, tmp_path: Path) -> None:
+    """One SGD step of rate 1: what the weights moved by is the gradient of the objective from plain logits."""
+    changes = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    trainer = make_trainer(
+        tmp_path,
+        method=method,
+        max_steps=1,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.0,
+        weight_decay=0.0,
+        **changes,
+    )
+    spy = Spy(trainer)
+    reference = tiny_student().eval()
+    trainer.train()
+    questions = [question for batch in spy.batches for question in batch.questions]
+    weights = torch.cat(spy.weights)
+    divergence = {"no_cons": None, "single_path": None, "mcc_kd": symmetric_kl}.get(method, jensen_shannon)
+    expected = objective(reference, questions, weights, divergence)
+    expected.backward()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    before = dict(tiny_student().named_parameters())
+    for name, parameter in trainer.model.named_parameters():
+        gradient = dict(reference.named_parameters())[name].grad
+        moved = before[name] - parameter
+        assert torch.allclose(moved, gradient, rtol=1e-3, atol=2e-6), name  # type: ignore[arg-type]
+
+
+def test_weights_of_the_methods(tmp_path: Path) -> None:
+    def weights(method: str, **changes: Any) -> tuple[QuestionBatch, Tensor]:
+        trainer = make_trainer(tmp_path, method=method, per_device_train_batch_size=8, max_steps=1, **changes)
+        spy = Spy(trainer)
+        trainer.train()
+        return spy.batches[0], spy.weights[0]
+
+    batch, alpha = weights("no_fusion")
+    assert torch.allclose(alpha, batch.mask / batch.mask.sum(-1, keepdim=True))
+    batch, alpha = weights("instant_loss", tau=0.3)
+    student = tiny_student().eval()
+    for question, row in zip(batch.questions, alpha, strict=True):
+        kept = [k for k in range(4) if question.mask[k]]
+        losses = torch.stack([cross_entropy(student, question, k) for k in kept])
+        assert torch.allclose(row[kept], (-losses / 0.3).softmax(-1), rtol=1e-3)
+    batch, alpha = weights("single_path")
+    assert alpha.tolist() == [[1, 0, 0, 0]] * 8
+    batch, alpha = weights("single_path", golden_perspective="planning")
+    assert alpha.tolist() == [[0, 0, 0, 1]] * 8
+    batch, alpha = weights("mcc_kd")
+    assert ((alpha == 0.5).sum(-1) == 2).all() and (alpha[~batch.mask] == 0).all()
+    assert len({tuple(row.nonzero().flatten().tolist()) for row in alpha}) > 1  # random
+
+
+def test_mcc_kd_with_a_single_rationale_is_cross_entropy(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, dataset=tiny_dataset(4, PERSPECTIVES[:1]), method="mcc_kd", max_steps=1)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["selected_rationales"] == 1 and entry["consistency"] == 0
+    assert entry["loss"] == pytest.approx(entry["cross_entropy"])
+
+
+def train_on_four(folder: Path, batch_size: int, accumulation: int, **changes: Any) -> MindTrainer:
+    trainer = make_trainer(
+        folder,
+        dataset=tiny_dataset(6),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_steps=4,  # with 6 questions, every second step has only 2
+        assistant_learning_rate=1e-2,
+        **changes,
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("method", ["mind", "no_fusion"])
+def test_four_at_once_are_one_at_a_time_accumulated(method: str, tmp_path: Path) -> None:
+    together = train_on_four(tmp_path, 4, 1, method=method)
+    apart = train_on_four(tmp_path, 1, 4, method=method)
+    keys = ["loss", "grad_norm", "cross_entropy", "consistency", "selected_rationales", "weight_entropy"]
+    keys += ["meta_loss", "rank_correlation"] if method == "mind" else []
+    steps = [[entry for entry in each.state.log_history if "loss" in entry] for each in (together, apart)]
+    for one, other in zip(*steps, strict=True):
+        for key in keys:
+            assert one[key] == pytest.approx(other[key], rel=2e-4), (one["step"], key)
+    for (name, one), other in zip(together.model.named_parameters(), apart.model.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=2e-5), name
+
+
+TWO_RANKS = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads(1)
+from tests.mind.test_trainer import tiny_dataset, make_trainer
+from pathlib import Path
+trainer = make_trainer(Path(sys.argv[1]), dataset=tiny_dataset(8), per_device_train_batch_size=1,
+    gradient_accumulation_steps=2, max_steps=3, ddp_backend="gloo", assistant_dropout=0.0,
+    train_sampling_strategy="sequential", assistant_learning_rate=1e-2)
+trainer.train()
+if trainer.is_world_process_zero():
+    state = (trainer.model.state_dict(), trainer.assistant.state_dict(), trainer.state.log_history)
+    torch.save(state, sys.argv[1] + "/state.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_ranks_are_one(tmp_path: Path) -> None:
+    """Two ranks × two micro-batches × one question against one rank and a batch of four."""
+    root = str(Path(__file__).parents[2])
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS.format(root=root), encoding="utf-8")
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+        str(tmp_path),
+    ]
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    student, assistant, history = torch.load(tmp_path / "state.pt", weights_only=True)
+    one = make_trainer(
+        tmp_path,
+        dataset=tiny_dataset(8),
+        per_device_train_batch_size=4,
+        max_steps=3,
+        assistant_dropout=0.0,
+        train_sampling_strategy="sequential",
+        assistant_learning_rate=1e-2,
+    )
+    one.train()
+    for name, tensor in one.model.state_dict().items():
+        assert torch.allclose(tensor, student[name], atol=2e-5), name
+    # Scores, not weights: the keys' bias has no gradient but rounding's, which Adam makes large.
+    scores = one.score()
+    one.assistant.load_state_dict(assistant)  # type: ignore[union-attr]
+    assert torch.allclose(one.score(), scores, atol=1e-4)
+    for mine, theirs in zip(one.state.log_history, history, strict=True):
+        for key in ("loss", "cross_entropy", "consistency", "meta_loss", "perspective_loss/planning", "grad_norm"):
+            if "loss" in mine:
+                assert mine[key] == pytest.approx(theirs[key], rel=2e-4), (mine["step"], key)
+
+
+def test_a_white_box_teacher(tmp_path: Path) -> None:
+    """loss = cross-entropy + γ·KL(teacher ‖ student), both parts against plain logits."""
+    student, teacher = tiny_student(), tiny_student(seed=5, hidden_size=16, num_attention_heads=2)
+    trainer = make_trainer(tmp_path, student, method="single_path", max_steps=1, kl_weight=0.7, teacher=teacher)
+    spy = Spy(trainer)
+    reference = tiny_student().eval()
+    trainer.train()
+    total = 0.0
+    for question in spy.batches[0].questions:
+        p, q = log_probs(teacher.eval(), question, 0), log_probs(reference, question, 0)
+        total += (p.exp() * (p - q)).sum(-1).mean().item() / 2
+    entry = trainer.state.log_history[0]
+    assert entry["kl"] == pytest.approx(total, rel=1e-4)
+    assert entry["loss"] == pytest.approx(entry["cross_entropy"] + 0.7 * entry["kl"], rel=1e-5)
+    assert "forward" not in vars(teacher)
+
+
+def test_lora_trains_the_adapters_alone(tmp_path: Path) -> None:
+    student = tiny_student()
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    trainer = make_trainer(tmp_path, student, use_lora=True, lora_r=4, learning_rate=None)
+    assert trainer.args.learning_rate == 1e-4
+    trainer.train()
+    trainable = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    assert trainable and all("lora_" in name for name in trainable)
+    after = trainer.model.get_base_model().state_dict()  # type: ignore[operator]
+    for name, tensor in before.items():
+        plain = name.replace("_proj.", "_proj.base_layer.")
+        assert torch.equal(after[plain if plain in after else name], tensor), name
+    assert any(parameter.abs().sum() > 0 for name, parameter in trainer.model.named_parameters() if "lora_B" in name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Logging, saving
+
+
+def test_what_is_logged(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=4, assistant_warmup_epochs=2, report_to="tensorboard")
+    trainer.train()
+    history = trainer.state.log_history
+    assert [entry["assistant_warmup_epoch"] for entry in history[:2]] == [1, 2]
+    assert {f"assistant_warmup/perspective_score/{name}" for name in PERSPECTIVES} <= set(history[2])
+    steps = [entry for entry in history if "loss" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4]
+    for entry in steps:
+        wanted = {f"perspective_{kind}/{name}" for kind in ("loss", "score") for name in PERSPECTIVES}
+        wanted |= {"cross_entropy", "consistency", "selected_rationales", "weight_entropy", "meta_loss"}
+        wanted |= {"rank_correlation", "supervised_tokens_per_second", "peak_memory_bytes", "grad_norm", "loss"}
+        assert wanted <= set(entry) and "kl" not in entry
+        assert all(math.isfinite(value) for value in entry.values())
+        assert entry["loss"] == pytest.approx(entry["cross_entropy"] + LAMBDA * entry["consistency"], rel=1e-5)
+        assert 1 <= entry["selected_rationales"] <= 4 and 0 <= entry["weight_entropy"] <= math.log(4) + 1e-6
+        assert -1 <= entry["rank_correlation"] <= 1 and entry["meta_loss"] >= 0
+        assert entry["peak_memory_bytes"] > 10**7 and entry["supervised_tokens_per_second"] > 0
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_the_saved_folder_is_a_model_and_an_assistant(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    assert "forward" not in vars(trainer.model)
+    trainer.train()
+    assert "forward" not in vars(trainer.model)  # its own again
+    trainer.save_model()
+    student = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([trainer.train_dataset[0].prompt_ids])
+    assert torch.equal(student(ids).logits, trainer.model.eval()(ids).logits)
+    assert student.generate(ids, max_new_tokens=3, do_sample=False).shape[1] <= ids.shape[1] + 3
+    assistant, names = load_assistant(tmp_path)
+    assert names == PERSPECTIVES
+    for name, tensor in trainer.assistant.state_dict().items():  # type: ignore[union-attr]
+        assert torch.equal(assistant.state_dict()[name], tensor), name
+
+
+def test_bf16_autocast_trains_and_restores_the_forward(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, bf16=True)
+    trainer.train()
+    assert "forward" not in vars(trainer.model) and trainer.model.dtype == torch.float32
+    plain = make_trainer(tmp_path)
+    plain.train()
+    losses = [[entry["loss"] for entry in each.state.log_history if "loss" in entry] for each in (trainer, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_measured_before_and_after_training(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=8, learning_rate=1e-2)
+    before, scores = trainer.measure_losses(), trainer.score()
+    trainer.train()
+    after = trainer.measure_losses()
+    assert (before.isnan() == after.isnan()).all() and before.isnan().sum() == 1
+    assert after.nanmean() < before.nanmean() - 0.1
+    assert scores.shape == (8, 4) and scores[1, 2] == 0
+    held_out = tiny_dataset(3)
+    assert trainer.measure_losses(held_out).shape == (3, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+RESUME = {
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "gradient_accumulation_steps": 2,
+    "per_device_train_batch_size": 1,
+    "assistant_window": 8,  # at step 3 there are 6 questions in the window
+    "assistant_learning_rate": 1e-2,
+    "loss_ema": 0.5,
+    "lr_scheduler_type": "cosine",
+    "save_total_limit": None,
+}
+
+
+def student_with_dropout() -> LlamaForCausalLM:
+    return tiny_student(attention_dropout=0.2)
+
+
+def final_state(trainer: MindTrainer) -> dict[str, Any]:
+    calibrator = trainer.calibrator
+    assert calibrator is not None
+    optimizer = trainer.optimizer.state_dict()["state"]  # type: ignore[union-attr]
+    return {
+        **{f"student {name}": tensor for name, tensor in trainer.model.state_dict().items()},
+        **{f"assistant {name}": tensor for name, tensor in calibrator.assistant.state_dict().items()},
+        **{f"{i} {name}": tensor for i, state in optimizer.items() for name, tensor in state.items()},
+        "loss table": calibrator.loss_table.nan_to_num(-1),
+        "window": torch.cat([*calibrator._losses, torch.zeros(0, 4)]),
+        "random": torch.get_rng_state(),
+    }
+
+
+def logged(trainer: MindTrainer) -> list[dict[str, float]]:
+    changing = ("per_second", "memory", "runtime", "train_loss", "total_flos")  # over a whole run, or time
+    return [
+        {key: value for key, value in entry.items() if not any(word in key for word in changing)}
+        for entry in trainer.state.log_history
+    ]
+
+
+def assert_same(one: MindTrainer, other: MindTrainer) -> None:
+    states = final_state(one), final_state(other)
+    assert states[0].keys() == states[1].keys()
+    for name in states[0]:
+        assert torch.equal(states[0][name], states[1][name]), name
+    assert logged(one) == logged(other)
+
+
+@pytest.mark.parametrize("method", ["mind", "mcc_kd"])
+@pytest.mark.parametrize("first", [3, 6])
+def test_resuming_is_bitwise_the_whole_run(method: str, first: int, tmp_path: Path) -> None:
+    """7 questions, 4 steps an epoch: step 3 lies within the first, 6 within the second."""
+    settings = RESUME | {"max_steps": 9, "method": method}
+    whole = make_trainer(tmp_path / "whole", student_with_dropout(), tiny_dataset(7), **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path / "whole", student_with_dropout(), tiny_dataset(7), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{first}"))
+    if method == "mind":
+        assert_same(whole, resumed)
+    for (name, one), other in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads(1)
+import mind.trainer
+from tests.mind.test_trainer import RESUME, make_trainer, student_with_dropout, tiny_dataset
+from pathlib import Path
+publish = mind.trainer.publish
+def killed(partial, output_dir, name):
+    if name == "checkpoint-6":
+        os.kill(os.getpid(), signal.SIGKILL)
+    publish(partial, output_dir, name)
+mind.trainer.publish = killed
+make_trainer(Path(sys.argv[1]), student_with_dropout(), tiny_dataset(7), **RESUME, max_steps=9).train()
+"""
+
+
+def test_a_run_killed_while_saving_resumes_from_the_last_whole_checkpoint(tmp_path: Path) -> None:
+    root = str(Path(__file__).parents[2])
+    folder = tmp_path / "killed"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED.format(root=root), str(folder)],
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-3", "partial-checkpoint-6"]
+    resumed = make_trainer(folder, student_with_dropout(), tiny_dataset(7), **RESUME, max_steps=9)
+    resumed.train(resume_from_checkpoint=True)
+    whole = make_trainer(tmp_path / "whole", student_with_dropout(), tiny_dataset(7), **RESUME, max_steps=9)
+    whole.train()
+    assert_same(whole, resumed)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
+
+
+@pytest.mark.parametrize("stage", ["model.safetensors", "optimizer.pt", "mind_state.pt"])
+def test_an_error_while_saving_leaves_no_checkpoint(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    save, save_pretrained = torch.save, type(trainer.model).save_pretrained
+
+    def failing_save(content: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        if trainer.state.global_step == 2 and str(path).endswith(stage):
+            raise OSError("No space left on device")
+        save(content, path, *args, **kwargs)
+
+    def failing_save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
+        if trainer.state.global_step == 2 and stage == "model.safetensors":
+            raise OSError("No space left on device")
+        save_pretrained(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", failing_save)
+    monkeypatch.setattr(type(trainer.model), "save_pretrained", failing_save_pretrained)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    assert "forward" not in vars(trainer.model)
+    assert not (tmp_path / "checkpoint-2").exists() and (tmp_path / "checkpoint-1" / "mind_state.pt").is_file()
+
+
+def test_old_checkpoints_go_only_after_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    publish = mind.trainer.publish
+
+    def watch(partial: str, output_dir: str, name: str) -> None:
+        publish(partial, output_dir, name)
+        seen.append(sorted(path.name for path in tmp_path.iterdir()))
+
+    monkeypatch.setattr(mind.trainer, "publish", watch)
+    make_trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1).train()
+    assert seen == [["checkpoint-1"], ["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    make_trainer(folder, max_steps=1, save_strategy="steps", save_steps=1).train()
+    return folder / "checkpoint-1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": PERSPECTIVES[:3]}, "has K = 4 perspectives (formal_symbolic, intuitive, decomposition, planning)"),
+        ({"dataset": (*PERSPECTIVES[:3], "socratic")}, "perspective 'planning' is unknown"),
+        ({"dataset": tuple(reversed(PERSPECTIVES))}, "orders its perspectives formal_symbolic, intuitive"),
+        ({"method": "no_fusion"}, "was trained with method 'mind', want 'no_fusion'"),
+        ({"questions": 7}, "was trained on 8 other questions"),
+        ({"assistant_hidden_size": 16}, "its teaching assistant has hidden_size = 8, want 16"),
+    ],
+)
+def test_a_checkpoint_of_another_run(changes: dict[str, Any], message: str, checkpoint: Path, tmp_path: Path) -> None:
+    dataset = tiny_dataset(changes.pop("questions", 8), changes.pop("dataset", PERSPECTIVES))
+    with pytest.raises(ValueError) as error:
+        make_trainer(tmp_path, dataset=dataset, **changes).train(resume_from_checkpoint=str(checkpoint))
+    assert message in str(error.value) and str(checkpoint) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_not_a_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
+    trainer = make_trainer(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"holds no mind_state\.pt, want a checkpoint written by MindTrainer"):
+        trainer.train(resume_from_checkpoint=str(tmp_path))
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+    state = (checkpoint / "mind_state.pt").read_bytes()
+    (tmp_path / "mind_state.pt").write_bytes(state[: len(state) // 2])
+    with pytest.raises(ValueError, match=r"mind_state.pt: cannot be read") as error:
+        trainer.train(resume_from_checkpoint=str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stops a run
+
+
+class Poison(TrainerCallback):
+    """Makes a parameter not a number before the given step."""
+
+    def __init__(self, step: int, value: float) -> None:
+        self.step, self.value = step, value
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            model.get_output_embeddings().weight.data[0, 0] = self.value
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(method: str, value: float, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, method=method, max_steps=3, callbacks=[Poison(2, value)])
+    spy = Spy(trainer)
+    with pytest.raises(ValueError) as error:
+        trainer.train()
+    message = str(error.value)
+    assert message.startswith("step 2: the student's loss is ") and "\n" not in message
+    for question_id in spy.batches[-1].ids if method != "instant_loss" else ():
+        assert repr(question_id) in message
+    assert trainer.state.global_step == 1 and "forward" not in vars(trainer.model)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=3, gradient_accumulation_steps=2, max_grad_norm=0.0)
+    weight = trainer.model.get_output_embeddings().weight
+    weight.register_hook(lambda grad: grad * (math.inf if trainer.state.global_step == 1 else 1.0))
+    spy = Spy(trainer)
+    with pytest.raises(ValueError) as error:
+        trainer.train()
+    message = str(error.value)
+    assert message.startswith("step 2: the gradient norm is ")
+    for question_id in [*spy.batches[-2].ids, *spy.batches[-1].ids]:
+        assert repr(question_id) in message
+
+
+def test_a_student_that_is_not_finite_from_the_start(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    (three,) = set(trainer.train_dataset[3].prompt_ids) - set(trainer.train_dataset[2].prompt_ids)
+    trainer.model.get_input_embeddings().weight.data[three] = math.nan
+    with pytest.raises(ValueError, match=r"^step 1: the student's loss is nan, want a finite number; questions 'q3'$"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("beta", 1.5, "beta: given 1.5, want a number in [0, 1]"),
+        ("beta", math.nan, "beta: given nan, want a number in [0, 1]"),
+        ("tau", 0.0, "tau: given 0.0, want a positive number"),
+        ("tau_student", -1.0, "tau_student: given -1.0, want a positive number"),
+        ("consistency_weight", -0.1, "consistency_weight: given -0.1, want a number that is not negative"),
+        ("kl_weight", -0.1, "kl_weight: given -0.1, want a number that is not negative"),
+        ("kl_beta", 1.0, "kl_beta: given 1.0, want a number in (0, 1)"),
+        ("kl_divergence", "js", "kl_divergence: given 'js', want one of forward, reverse, jsd"),
+        ("kl_temperature_power", 1, "kl_temperature_power: given 1, want one of 0, 2"),
+        ("method", "magic", "method: given 'magic', want one of mind, "),
+        ("assistant_hidden_size", 9, "assistant_hidden_size: given 9, want a multiple of 2 and of assistant_heads = 2"),
+        ("assistant_dropout", 1.0, "assistant_dropout: given 1.0, want a number in [0, 1)"),
+        ("assistant_window", 0, "assistant_window: given 0, want a positive number"),
+        ("assistant_warmup_epochs", -1, "assistant_warmup_epochs: given -1, want a number that is not negative"),
+        ("loss_ema", 1.0, "loss_ema: given 1.0, want a number in [0, 1)"),
+        ("answer_suffix", "The end.", 'answer_suffix must contain "{answer}" exactly once'),
+        ("max_length", 0, "max_length: given 0, want a positive number"),
+        ("max_logits_bytes", 0, "max_logits_bytes: given 0, want a positive number"),
+        ("lora_r", 0, "lora_r: given 0, want a positive number"),
+        ("eval_strategy", "steps", "eval_strategy: given 'steps', want 'no': held-out accuracy is measured"),
+        ("label_smoothing_factor", 0.1, "label_smoothing_factor: given 0.1, want 0.0: the fused loss"),
+        ("remove_unused_columns", True, "remove_unused_columns: given True, want False"),
+    ],
+)
+def test_settings_out_of_range(field: str, value: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        config(tmp_path, **{field: value})
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_defaults() -> None:
+    settings = MindConfig(output_dir="runs/x", use_cpu=True)
+    assert (settings.beta, settings.tau, settings.tau_student, settings.consistency_weight) == (0.8, 0.2, 0.1, 0.1)
+    assert settings.per_device_train_batch_size * settings.gradient_accumulation_steps == 8
+    assert (settings.learning_rate, settings.lr_scheduler_type, settings.warmup_steps) == (1e-5, "cosine", 0.03)
+    assert (settings.num_train_epochs, settings.max_grad_norm, settings.assistant_window) == (3, 1.0, 32)
+    assert MindConfig(output_dir="runs/x", use_cpu=True, use_lora=True).learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"golden_perspective": "poetry"}, "golden_perspective: given 'poetry', want one of formal_symbolic"),
+        (
+            {"golden_perspective": "decomposition", "method": "single_path"},
+            "golden_perspective: question 'q1' has no 'decomposition'",
+        ),
+        ({"kl_weight": 0.1}, "teacher: given none with kl_weight = 0.1"),
+        ({"teacher": "small"}, "teacher: given one with kl_weight = 0.0"),
+        ({"teacher": "small", "kl_weight": 1.0}, "teacher: has 280 tokens in its vocabulary, want the student's 300"),
+        ({"student": "small"}, "want tokens below the student's vocabulary of 200: is this its tokenizer?"),
+        ({"dataset": "no features"}, "train_dataset: has no features"),
+    ],
+)
+def test_arguments_that_do_not_fit(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    if "teacher" in changes:
+        changes["teacher"] = tiny_student(vocab_size=280)
+    if "student" in changes:
+        changes["student"] = tiny_student(vocab_size=200, eos_token_id=None, pad_token_id=None)
+    if "dataset" in changes:
+        changes["dataset"] = MindDataset(load_records(raw_records(2)), tiny_tokenizer())
+    with pytest.raises(ValueError) as error:
+        make_trainer(tmp_path, **changes)
+    assert message in str(error.value)
+
+
+def test_types_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="args: given dict, want MindConfig"):
+        MindTrainer(tiny_student(), {}, tiny_dataset(), processing_class=tiny_tokenizer())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="train_dataset: given list, want MindDataset"):
+        MindTrainer(tiny_student(), config(tmp_path), [], processing_class=tiny_tokenizer())  # type: ignore[arg-type]
+    assert tiny_dataset().feature_dim == FEATURE_DIM
