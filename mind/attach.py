@@ -206,6 +206,8 @@ class MindAttachment:
         if own_logits.shape != logits.shape:
             own_shape, shape = tuple(own_logits.shape), tuple(logits.shape)
             raise ValueError(f"model: {name}'s own logits have shape {own_shape}, its head's have {shape}; wanted one")
+        if not bool(own_logits.isfinite().all()):
+            raise ValueError(f"model: {name}'s own logits hold NaN or Inf, wanted finite ones: are its weights whole?")
         difference = (own_logits - logits).abs().max().item()
         # A few roundings in the model's dtype; an unknown scale or cap changes far more than that.
         allowed = max(1e-4, 4 * torch.finfo(self.head.weight.dtype).eps) * own_logits.abs().max().item()

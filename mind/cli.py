@@ -1,0 +1,241 @@
+"""The console script `mind`: `mind train` distils a student, `mind problems` writes generated problems to a file.
+
+Every field of `RunArguments` and `MindConfig` is a flag of `mind train` and a key of its YAML file. A value in the file
+is read as the same flag would read it, so it may be written as on the command line; the flags win.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn, get_args, get_type_hints
+
+import yaml
+
+BAD_INPUT = 2  # exit status
+USAGE = """usage: mind <command> [--help] …
+
+  mind train      distil a student from rationales of several perspectives
+  mind problems   write generated word problems, eight rationales each, to a JSONL file
+"""
+
+
+class UsageError(ValueError):
+    """The command line or its YAML file cannot be used. One line."""
+
+
+@dataclass
+class RunArguments:
+    """What a run of `mind train` reads and measures, beside how it trains."""
+
+    _argument_group_name = "student, data and measuring"
+
+    student: str = field(
+        default="smollm2-135m",
+        metadata={"help": "smollm2-135m, gemma3-270m (built in), a Hugging Face folder or a hub id."},
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "White-box teacher with the student's vocabulary, given as a student is; with kl_weight."},
+    )
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training records: JSONL file, folder saved by datasets, or hub id. Default: num_questions word "
+            "problems, generated from data_seed (from seed, if that is not given)."
+        },
+    )
+    heldout: str | None = field(
+        default=None,
+        metadata={
+            "help": "Held-out records, of the same kinds; rationales are optional. Default: num_heldout questions that "
+            "are generated, or split off data by the same seed."
+        },
+    )
+    num_questions: int = field(default=256, metadata={"help": "Generated training questions; unused with data."})
+    max_difficulty: float = field(
+        default=1.0,
+        metadata={"help": "Generated questions are at most this difficult, in (0, 1]; unused with data and heldout."},
+    )
+    num_heldout: int = field(
+        default=100, metadata={"help": "Held-out questions; unused with heldout. 0: no accuracy is measured."}
+    )
+    num_measured: int = field(
+        default=32,
+        metadata={
+            "help": "Held-out questions on whose rationales the student's loss and the assistant's score are measured "
+            "before and after (training questions, where the held-out ones have no rationales)."
+        },
+    )
+    encoder: str = field(
+        default="all-minilm-l6-v2",
+        metadata={"help": "The assistant's sentence encoder: all-minilm-l6-v2 (built in), a folder or hub id."},
+    )
+    max_new_tokens: int = field(
+        default=192,
+        metadata={"help": "Tokens an answer may take when accuracy is measured, per_device_eval_batch_size at a time."},
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_questions", 1), ("num_heldout", 0), ("num_measured", 1), ("max_new_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: given {getattr(self, name)}, want at least {least}")
+        if not 0 < self.max_difficulty <= 1:
+            raise ValueError(f"max_difficulty: given {self.max_difficulty}, want a number in (0, 1]")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status: 0, or 2 after one line on stderr about bad input.
+
+    An error that no module of this project raised is a bug or a broken machine: it passes with its traceback.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else BAD_INPUT
+    command, *rest = arguments
+    try:
+        if command == "train":
+            train(rest)
+        elif command == "problems":
+            from mind.problems.__main__ import main as problems
+
+            return problems(rest)
+        else:
+            raise UsageError(f"given command {command!r}, want train or problems")
+    except (ValueError, TypeError) as error:
+        if not _is_ours(error):
+            raise
+        print(f"mind: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+def train(arguments: Sequence[str]) -> None:
+    """`mind train`. Raises: ValueError or TypeError about bad input."""
+    run, config = parse_train(arguments)
+    from mind.run import distil  # not before the arguments are known to be right: it imports everything
+
+    distil(run, config)
+
+
+def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
+    """(RunArguments, MindConfig) of the flags and the YAML file they name.
+
+    Raises: UsageError naming the flag, or the file, line and key; SystemExit(0) after --help.
+    """
+    parser = train_parser()
+    namespace = argparse.Namespace()
+    path = parser.parse_args(arguments).config
+    if path is not None:
+        _read_yaml(parser, path, namespace)
+    values = vars(parser.parse_args(arguments, namespace))
+    del values["config"]
+    try:
+        run, config = parser.parse_dict(values)
+    except (ValueError, TypeError, ImportError) as error:  # of MindConfig, and of TrainingArguments beneath it
+        raise UsageError(str(error)) from error
+    return run, config
+
+
+def train_parser() -> Any:
+    """The HfArgumentParser of `mind train`, MIND's own settings ahead of TrainingArguments'."""
+    # Here, because importing transformers takes seconds that `mind problems` does not need.
+    from transformers import HfArgumentParser, TrainingArguments
+
+    from mind.config import MindConfig
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(message)
+
+    parser = Parser(
+        (RunArguments, MindConfig),  # type: ignore[arg-type]
+        prog="mind train",
+        usage="mind train [--config FILE] [--SETTING VALUE ...]",
+        description="Distil a student from rationales of several perspectives under a teaching assistant's guidance.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings by name; the flags win over it.")
+    inherited = {item.name for item in fields(TrainingArguments)}
+    own = parser.add_argument_group("MIND")
+    rest = parser.add_argument_group("transformers.TrainingArguments")
+    for action in list(parser._optionals._group_actions):
+        if action.dest not in ("help", "config"):
+            parser._optionals._group_actions.remove(action)
+            (rest if action.dest in inherited else own)._group_actions.append(action)
+    return parser
+
+
+def _read_yaml(parser: argparse.ArgumentParser, path: str, namespace: argparse.Namespace) -> None:
+    """Sets what the file says on the namespace.
+
+    Raises: UsageError naming the file, line and key.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            root = yaml.compose(file, Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config: {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config: {path} is not YAML: {error}") from error
+    if root is None:
+        return
+    if not isinstance(root, yaml.MappingNode):
+        raise UsageError(f"--config: {path} holds no mapping, want lines of the form setting: value")
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    seen: set[str] = set()
+    for key, value in root.value:
+        name, place = str(key.value), f"{path}:{key.start_mark.line + 1}"
+        if name not in actions:
+            near = difflib.get_close_matches(name, actions, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ", see mind train --help"
+            raise UsageError(f"{place}: {name!r} is not a setting{hint}")
+        if name in seen:
+            raise UsageError(f"{place}: {name!r} stands twice in this file, want it once")
+        seen.add(name)
+        if value.tag == "tag:yaml.org,2002:null":
+            if not _may_be_none(name):
+                raise UsageError(f"{place}: {name}: given null, want a value")
+            setattr(namespace, name, None)
+            continue
+        if isinstance(value, yaml.SequenceNode) and actions[name].nargs != "+":
+            raise UsageError(f"{place}: {name}: given a list, want one value")
+        try:
+            parsed = parser.parse_args(_as_flag(name, value))
+        except UsageError as error:
+            raise UsageError(f"{place}: {error}") from error
+        setattr(namespace, name, getattr(parsed, name))
+
+
+def _as_flag(name: str, value: yaml.Node) -> list[str]:
+    """A YAML value as on the command line: the text of a scalar as it is written, a mapping as JSON."""
+    if isinstance(value, yaml.MappingNode):
+        return [f"--{name}={json.dumps(_construct(value))}"]
+    if isinstance(value, yaml.SequenceNode):
+        return [f"--{name}", *(str(_construct(item)) for item in value.value)]
+    return [f"--{name}={value.value}"]
+
+
+def _construct(node: yaml.Node) -> Any:
+    return yaml.SafeLoader("").construct_document(node)
+
+
+def _may_be_none(name: str) -> bool:
+    from mind.config import MindConfig
+
+    hints = get_type_hints(RunArguments) | get_type_hints(MindConfig)
+    return type(None) in get_args(hints[name])
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether a module of this project raised the error, so that its message is meant for the user."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    module = "" if traceback is None else traceback.tb_frame.f_globals.get("__name__", "")
+    return module.partition(".")[0] in ("mind", "mind_kernels")

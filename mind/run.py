@@ -1,0 +1,317 @@
+"""One run of `mind train`: read, measure, train, measure again, save, report.
+
+What it leaves in output_dir:
+    student/          the trained student (AutoModelForCausalLM.from_pretrained), its tokenizer, the teaching assistant
+    metrics.json      the measurements before and after, every held-out answer, seconds of each phase
+    log.jsonl         what each step logged
+    perspectives.png  score and loss of each perspective over training
+    checkpoint-<n>/   to resume from
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from mind.checkpoint import PARTIAL_PREFIX, publish
+from mind.config import MindConfig
+from mind.data import DataError, MindDataset, Record, load_records, perspectives_of
+from mind.encoder import RationaleEncoder
+from mind.evaluation import measure_accuracy
+from mind.problems import generate_records
+from mind.report import LOG_FILE, METRICS_FILE, PICTURE_FILE, draw, read_metrics, table, write_log, write_metrics
+from mind.students import load_student
+from mind.trainer import MindTrainer
+
+if TYPE_CHECKING:
+    from mind.cli import RunArguments
+
+STUDENT_FOLDER = "student"
+
+
+def distil(run: RunArguments, config: MindConfig) -> dict[str, Any]:
+    """Runs everything and returns what metrics.json holds.
+
+    Raises: ValueError or TypeError naming the file, field or argument that cannot be used; then nothing is written but
+        what a killed run would also leave.
+    """
+    checkpoint = _open_output(config)
+    clock = _Clock()
+    with clock("data"):
+        records, heldout = _read_data(run, config)
+    with clock("student"):
+        student, tokenizer = load_student(run.student)
+        teacher = None if run.teacher is None else load_student(run.teacher)[0]
+    perspectives = perspectives_of(records)
+    measured = [record for record in heldout if record.rationales][: run.num_measured]
+    measured_on = f"{len(measured)} held-out questions"
+    if not measured:
+        measured = records[: run.num_measured]
+        measured_on = f"{len(measured)} training questions"
+    progress = not config.disable_tqdm
+    with clock("features"):
+        encoder = RationaleEncoder(run.encoder, device=config.device) if config.uses_assistant else None
+
+        def encode(some: Sequence[Record]) -> MindDataset:
+            features = None if encoder is None else encoder.encode(some, perspectives, progress=progress)
+            return MindDataset(
+                some,
+                tokenizer,
+                features=features,
+                perspectives=perspectives,
+                prompt_format=config.prompt_format,
+                max_length=config.max_length,
+                progress=progress,
+            )
+
+        dataset, measured_dataset = encode(records), encode(measured)
+    trainer = MindTrainer(student, config, dataset, processing_class=tokenizer, teacher=teacher)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if progress:
+        trainer.add_callback(_ProgressBar())
+    writes = trainer.is_world_process_zero()
+
+    def measure() -> dict[str, Any]:
+        return _measure(trainer, tokenizer, heldout, measured_dataset, run.max_new_tokens, progress)
+
+    metrics = None if checkpoint is None else _read_before(checkpoint, heldout)
+    if metrics is None:
+        with clock("before"):
+            before = measure()
+        metrics = {
+            "student": run.student,
+            "method": config.method,
+            "questions": len(records),
+            "measured_on": measured_on,
+            "before": before,
+        }
+        if writes:
+            write_metrics(config.output_dir, metrics)
+    with clock("training"):
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            if writes and trainer.state.log_history:  # of a run that stops at an error it may tell why
+                write_log(config.output_dir, trainer.state.log_history)
+    with clock("after"):
+        metrics["after"] = measure()
+    with clock("saving"):
+        _save_student(trainer)
+        if writes:
+            draw(config.output_dir, trainer.state.log_history, perspectives)
+    metrics["seconds"] = clock.seconds
+    if writes:
+        write_metrics(config.output_dir, metrics)
+        _print_report(config, metrics)
+    return metrics
+
+
+def _open_output(config: MindConfig) -> str | None:
+    """The checkpoint to resume from, or None for a fresh run.
+
+    Raises: ValueError when the folder is taken or there is nothing to resume from.
+    """
+    folder, resume = config.output_dir, config.resume_from_checkpoint
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise ValueError(f"output_dir: {folder} is a file, want a new or empty folder")
+    if resume is None or resume.lower() == "false":
+        if config.should_save and os.path.isdir(folder) and os.listdir(folder):
+            raise ValueError(
+                f"output_dir: {folder} is not empty, want a new or empty folder, "
+                "or --resume_from_checkpoint true to go on with the run in it"
+            )
+        return None
+    if resume.lower() == "true":
+        checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        if checkpoint is None:
+            raise ValueError(f"resume_from_checkpoint: {folder} holds no whole checkpoint, want one")
+        return checkpoint
+    if not os.path.isdir(resume):
+        raise ValueError(f"resume_from_checkpoint: {resume} is no folder, want a checkpoint or true")
+    return os.path.abspath(resume)
+
+
+def _read_data(run: RunArguments, config: MindConfig) -> tuple[list[Record], list[Record]]:
+    """(training records, held-out records); of the latter none when no accuracy is to be measured."""
+    seed = config.seed if config.data_seed is None else config.data_seed
+    if run.data is None:
+        records = _generate(run.num_questions, run.max_difficulty, seed, "train")
+    else:
+        records = load_records(run.data)
+    if run.heldout is not None:
+        heldout = load_records(run.heldout, require_rationales=False)
+    elif run.num_heldout == 0:
+        heldout = []
+    elif run.data is None:
+        heldout = _generate(run.num_heldout, run.max_difficulty, seed, "heldout")
+    else:
+        if len(records) <= run.num_heldout:
+            raise DataError(
+                f"{run.data}: has {len(records)} questions, want more than num_heldout = {run.num_heldout} that are "
+                "split off: lower it, or give --heldout"
+            )
+        chosen = set(random.Random(seed).sample(range(len(records)), run.num_heldout))
+        heldout = [record for i, record in enumerate(records) if i in chosen]
+        records = [record for i, record in enumerate(records) if i not in chosen]
+    seen = {record.question: record.id for record in records}
+    for record in heldout:
+        if record.question in seen:
+            raise DataError(
+                f"{run.heldout or run.data}: held-out question {record.id!r} is training question "
+                f"{seen[record.question]!r}, want others"
+            )
+    return records, heldout
+
+
+def _generate(count: int, max_difficulty: float, seed: int, split: str) -> list[Record]:
+    """The first `count` generated questions that are not too difficult."""
+    for factor in (1, 4, 16, 64):
+        rows = generate_records(factor * count, seed=seed, split=split)
+        rows = [row for row in rows if row["difficulty"] <= max_difficulty]
+        if len(rows) >= count:
+            return load_records(rows[:count])
+    raise ValueError(
+        f"max_difficulty: given {max_difficulty}, which fewer than 1 in 64 questions meet, want a larger one"
+    )
+
+
+def _measure(
+    trainer: MindTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    heldout: Sequence[Record],
+    dataset: MindDataset,
+    max_new_tokens: int,
+    progress: bool,
+) -> dict[str, Any]:
+    """A measurement as mind.report describes it."""
+    losses = trainer.measure_losses(dataset)  # (num_questions, K), NaN where there is no rationale
+    scores = trainer.score(dataset).masked_fill(losses.isnan(), torch.nan) if trainer.calibrator else None
+    measurement: dict[str, Any] = {
+        "accuracy": None,
+        "answers": None,
+        "perspective_loss": _means(losses, dataset.perspectives),
+        "perspective_score": None if scores is None else _means(scores, dataset.perspectives),
+    }
+    if heldout:
+        with trainer.accelerator.autocast():  # in the precision that the student is trained in
+            result = measure_accuracy(
+                trainer.model,
+                tokenizer,
+                heldout,
+                prompt_format=trainer.args.prompt_format,
+                max_new_tokens=max_new_tokens,
+                batch_size=trainer.args.per_device_eval_batch_size,
+                progress=progress and trainer.is_world_process_zero(),
+            )
+        measurement["accuracy"] = result.accuracy
+        measurement["answers"] = [
+            {"id": record.id, "wanted": record.answer, "given": given, "correct": correct}
+            for record, given, correct in zip(heldout, result.answers, result.correct, strict=True)
+        ]
+    return measurement
+
+
+def _means(table: Tensor, perspectives: Sequence[str]) -> dict[str, float]:
+    """Column means over what is not NaN; a perspective that occurs nowhere is left out."""
+    means = zip(perspectives, table.nanmean(0).tolist(), strict=True)
+    return {name: value for name, value in means if value == value}
+
+
+def _read_before(checkpoint: str, heldout: Sequence[Record]) -> dict[str, Any] | None:
+    """The metrics of the run that wrote the checkpoint, as far as they go; None when it left none.
+
+    Raises: ValueError when they are of other held-out questions.
+    """
+    folder = os.path.dirname(checkpoint)
+    metrics = read_metrics(folder)
+    if metrics is not None:
+        given = [answer["id"] for answer in metrics["before"]["answers"] or []]
+        if given != [record.id for record in heldout]:
+            raise ValueError(
+                f"{os.path.join(folder, METRICS_FILE)}: tells the accuracy on {len(given)} other held-out questions, "
+                f"want the {len(heldout)} of this run"
+            )
+    return metrics
+
+
+def _save_student(trainer: MindTrainer) -> None:
+    """<output_dir>/student, there whole or not at all; adapters are merged into it."""
+    if trainer.args.use_lora:
+        trainer.model = trainer.model.merge_and_unload()  # type: ignore[operator]
+    partial = os.path.join(trainer.args.output_dir, PARTIAL_PREFIX + STUDENT_FOLDER)
+    if trainer.args.should_save:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run killed here
+    trainer.save_model(os.path.join(partial, STUDENT_FOLDER))
+    if trainer.args.should_save:
+        publish(partial, trainer.args.output_dir, STUDENT_FOLDER)
+
+
+def _print_report(config: MindConfig, metrics: dict[str, Any]) -> None:
+    console, folder = Console(), Path(config.output_dir)
+    console.print(table(metrics))
+    phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in metrics["seconds"].items())
+    console.print(f"{sum(metrics['seconds'].values()):.0f} s: {phases}")
+    for name, path in (
+        ("student", folder / STUDENT_FOLDER),
+        ("checkpoint", get_last_checkpoint(str(folder))),
+        ("log", folder / LOG_FILE),
+        ("metrics", folder / METRICS_FILE),
+        ("picture", folder / PICTURE_FILE),
+    ):
+        if path is not None and os.path.exists(path):
+            console.print(f"{name:<11}{path}", soft_wrap=True, highlight=False)
+
+
+class _Clock:
+    """Seconds of each phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = round(time.perf_counter() - start, 1)
+
+
+class _ProgressBar(TrainerCallback):
+    """One bar over the optimiser steps; what they log goes into log.jsonl, not onto the screen."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            disable=not state.is_world_process_zero,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "cross_entropy" in logs:
+            self.bar.set_postfix(
+                loss=f"{logs['loss']:.3f}",
+                selected=f"{logs['selected_rationales']:.1f}",
+                tokens_per_s=f"{logs['supervised_tokens_per_second']:.0f}",
+                refresh=False,
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()

@@ -1,0 +1,144 @@
+"""The command line of `mind train`: flags, YAML file, errors. A few seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from mind.cli import RunArguments, UsageError, main, parse_train, train_parser
+from mind.config import MindConfig
+
+CPU = ["--use_cpu"]
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_every_field_is_a_flag() -> None:
+    options = {option for action in train_parser()._actions for option in action.option_strings}
+    for field in (*fields(RunArguments), *fields(MindConfig)):
+        if field.init:
+            assert f"--{field.name}" in options and f"--{field.name.replace('_', '-')}" in options, field.name
+
+
+def test_every_own_field_has_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    order = ["student, data and measuring:", "\nMIND:", "--beta", "\ntransformers.TrainingArguments:", "--weight_decay"]
+    places = [text.index(part) for part in order]
+    assert places == sorted(places)
+    own = set(MindConfig.__annotations__) | set(RunArguments.__annotations__)
+    helps = {action.dest: action.help for action in train_parser()._actions}
+    assert [name for name in own if name in helps and not helps[name]] == []
+
+
+def test_defaults() -> None:
+    run, config = parse_train(CPU)
+    assert run == RunArguments()
+    assert config.beta == 0.8 and config.learning_rate == 1e-5 and config.output_dir == "runs/mind"
+
+
+def test_values_of_the_file_are_typed_as_flags_are(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """
+        # YAML takes 1e-4 for text and no for false; a flag does not
+        learning_rate: 1e-4
+        save_strategy: no
+        report_to: none
+        use_cpu: true
+        logging_first_step: no
+        max_steps: 7
+        save_total_limit: null
+        golden_perspective: ~
+        lr_scheduler_kwargs: {num_cycles: 0.4}
+        include_for_metrics: [inputs, loss]
+        answer_suffix: "\\nSo it is {answer}!"
+        num_heldout: 12
+        student: -x
+        """,
+    )
+    run, config = parse_train(["--config", path])
+    assert config.learning_rate == 1e-4 and config.save_strategy == "no" and config.report_to == []
+    assert config.use_cpu is True and config.logging_first_step is False and config.max_steps == 7
+    assert config.save_total_limit is None and config.golden_perspective is None
+    assert config.lr_scheduler_kwargs == {"num_cycles": 0.4}
+    assert config.include_for_metrics == ["inputs", "loss"]
+    assert config.answer_suffix == "\nSo it is {answer}!"
+    assert (run.num_heldout, run.student) == (12, "-x")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_flags_win_over_the_file(first: bool, tmp_path: Path) -> None:
+    file = ["--config", write(tmp_path, "beta: 0.3\ntau: 0.7\nnum_questions: 5\nuse_lora: true\n")]
+    given = ["--beta", "0.6", "--num-questions=9", "--use_lora=false", *CPU]
+    run, config = parse_train(given + file if first else file + given)
+    assert (config.beta, config.tau, config.use_lora, run.num_questions) == (0.6, 0.7, False, 9)
+    # and also where the flag says what the default is
+    assert parse_train([*file, "--beta", "0.8", *CPU])[1].beta == 0.8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tau: 1\nbetta: 1", ":2: 'betta' is not a setting, did you mean 'beta'?"),
+        ("xyzzy: 1", ":1: 'xyzzy' is not a setting, see mind train --help"),
+        ("config: a.yaml", ":1: 'config' is not a setting"),
+        ("help: true", ":1: 'help' is not a setting"),
+        ("beta: 1\n\nbeta: 0.5", ":3: 'beta' stands twice in this file, want it once"),
+        ("beta: much", ":1: argument --beta: invalid float value: 'much'"),
+        ("max_steps: 1.5", ":1: argument --max_steps/--max-steps: invalid int value: '1.5'"),
+        ("method: magic", ":1: argument --method: invalid choice: 'magic'"),
+        ("beta: null", ":1: beta: given null, want a value"),
+        ("beta: [0.1, 0.2]", ":1: beta: given a list, want one value"),
+        ("- beta", "holds no mapping, want lines of the form setting: value"),
+        ("beta: {", "is not YAML: "),
+    ],
+)
+def test_a_file_that_cannot_be_used(text: str, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(UsageError) as error:
+        parse_train(["--config", path, *CPU])
+    assert path in str(error.value) and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--beta", "x"], "argument --beta: invalid float value: 'x'"),
+        (["--bet", "0.5"], "unrecognized arguments: --bet 0.5"),
+        (["--beta"], "argument --beta: expected one argument"),
+        (["stray"], "unrecognized arguments: stray"),
+        (["--config", "no/such.yaml"], "--config: no/such.yaml cannot be read: "),
+        (["--num-questions", "0"], "num_questions: given 0, want at least 1"),
+        (["--beta", "2"], "beta: given 2.0, want a number in [0, 1]"),
+    ],
+)
+def test_flags_that_cannot_be_used(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *arguments, *CPU]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"mind: error: {message}") and error.count("\n") == 1
+
+
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2 and main(["--help"]) == 0
+    assert "mind train" in capsys.readouterr().out
+    assert main(["fly"]) == 2
+    assert capsys.readouterr().err == "mind: error: given command 'fly', want train or problems\n"
+    output = tmp_path / "problems.jsonl"
+    assert main(["problems", "--num-questions", "3", "--output", str(output)]) == 0
+    assert len(output.read_text().splitlines()) == 3
+
+
+def test_help_and_problems_do_not_import_torch() -> None:
+    code = "import sys; from mind.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
