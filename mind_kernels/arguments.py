@@ -5,13 +5,15 @@ Errors name the argument, what was given and what is wanted.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "triton")
 DIVERGENCES = ("forward", "reverse", "jsd")
 REDUCTIONS = ("mean", "sum")
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -75,7 +77,6 @@ def check_head(
     logit_scale: float,
     logit_softcap: float | None,
     max_logits_bytes: int | None,
-    backend: str,
 ) -> None:
     """Dtypes, devices and shapes of what makes the student's logits."""
     check_floating("hidden_states", hidden_states)
@@ -107,7 +108,25 @@ def check_head(
         max_logits_bytes is None or max_logits_bytes > 0,
         f"max_logits_bytes: given {max_logits_bytes}, wanted None or a positive number of bytes",
     )
+
+
+def choose_backend(backend: str, tensor: Tensor) -> str:
+    """ "torch" or "triton". "auto" is triton on a GPU where the package is there and the tensor is not fp64."""
     check_choice("backend", backend, BACKENDS)
+    if backend == "torch":
+        return backend
+    has_triton = importlib.util.find_spec("triton") is not None
+    on_gpu = tensor.device.type == "cuda"  # HIP devices are called so too
+    is_narrow = tensor.dtype != torch.float64
+    if backend == "auto":
+        return "triton" if has_triton and on_gpu and is_narrow else "torch"
+    require(has_triton, "backend: given 'triton' where the package triton is not installed, wanted 'auto' or 'torch'")
+    require(is_narrow, "backend: given 'triton' with torch.float64, wanted bfloat16, float16 or float32 (or 'torch')")
+    require(
+        on_gpu or os.environ.get("TRITON_INTERPRET") == "1",
+        f"backend: given 'triton' with a tensor on {tensor.device}, wanted one on a GPU (or TRITON_INTERPRET=1)",
+    )
+    return backend
 
 
 def check_labels(shift_labels: Tensor, rows_shape: torch.Size, V: int, ignore_index: int, device: torch.device) -> None:

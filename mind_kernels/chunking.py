@@ -39,7 +39,8 @@ def order_rows(
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + size)
-    grouped = torch.cat(list(groups)) if groups else is_supervised.new_empty(0, dtype=torch.int64)
+    grouped = torch.cat(list(groups)) if groups else torch.empty(0, dtype=torch.int64)
+    grouped = grouped.to(is_supervised.device)
     rest = is_supervised.clone()
     rest[grouped] = False
     active = (rest & has_gradient).nonzero().squeeze(1)

@@ -126,6 +126,14 @@ class TeacherRows:
             rows = teacher.hidden_states.reshape(-1, teacher.hidden_states.shape[-1])[index]
             self.logits = project(rows, teacher.lm_head_weight, teacher.lm_head_bias, buffer[: len(index)])
 
+    def dense(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """A teacher's logits before its scale and cap, and which of their rows stand for start to stop of the chunk."""
+        if isinstance(self.teacher, TeacherHidden):
+            return self.logits, torch.arange(start, stop, device=self.index.device)
+        assert isinstance(self.teacher, TeacherLogits)
+        logits = self.teacher.logits.reshape(-1, self.teacher.logits.shape[-1])
+        return logits if logits.stride(1) == 1 else logits.contiguous(), self.index[start:stop]
+
     def divergence(
         self,
         z: Tensor,  # (m, V) final logits, statistics dtype; left as they are

@@ -13,12 +13,15 @@ from mind_kernels.arguments import (
     check_labels,
     check_question_weights,
     check_teacher,
+    choose_backend,
     require,
     resolve_num_questions,
     resolve_rationales,
 )
+from mind_kernels.linear_sweep import linear_loss
+from mind_kernels.plan import SweepOptions
+from mind_kernels.teacher_rows import KLOptions
 from mind_kernels.teachers import Teacher
-from mind_kernels.torch_sweep import KLOptions, SweepOptions, linear_loss
 
 __all__ = ["MindLoss", "MindLossOutput", "mind_loss"]
 
@@ -78,7 +81,7 @@ def mind_loss(
     divergence, beta, temperature, temperature_power: see fused_linear_kl.
     num_questions: int or 0-d tensor; B by default, the questions of the whole optimiser step under accumulation.
     max_logits_bytes: budget for the logits alive at once, 512 MiB by default; smaller is slower.
-    backend: "auto" | "torch".
+    backend: "auto" | "torch" | "triton", as in fused_linear_cross_entropy.
 
     Returns MindLossOutput: loss, a differentiable fp32 scalar (fp64 for fp64; in hidden_states, lm_head_weight,
     lm_head_bias and rationale_weights); detached: cross_entropy, consistency and kl (the three sums above over
@@ -91,7 +94,7 @@ def mind_loss(
     Source: MIND (arXiv 2601.03717), equations as in this docstring.
     """
     check_question_weights(rationale_weights)
-    check_head(hidden_states, lm_head_weight, lm_head_bias, logit_scale, logit_softcap, max_logits_bytes, backend)
+    check_head(hidden_states, lm_head_weight, lm_head_bias, logit_scale, logit_softcap, max_logits_bytes)
     check_divergence(divergence, beta, temperature, temperature_power)
     require(consistency_weight >= 0, f"consistency_weight: given {consistency_weight}, wanted a number of at least 0")
     require(kl_weight >= 0, f"kl_weight: given {kl_weight}, wanted a number of at least 0")
@@ -120,6 +123,7 @@ def mind_loss(
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         max_logits_bytes=max_logits_bytes,
+        backend=choose_backend(backend, hidden_states),
     )
     losses = linear_loss(hidden_states, lm_head_weight, lm_head_bias, rationale_weights, options)
     weights = rationale_weights.detach().to(losses.kl.dtype)

@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mind_kernels.arguments import check_answer_index, check_head, check_question_weights, resolve_num_questions
-from mind_kernels.torch_sweep import SweepOptions, linear_loss
+from mind_kernels.arguments import (
+    check_answer_index,
+    check_head,
+    check_question_weights,
+    choose_backend,
+    resolve_num_questions,
+)
+from mind_kernels.linear_sweep import linear_loss
+from mind_kernels.plan import SweepOptions
 
 __all__ = ["AnswerConsistency", "answer_consistency"]
 
@@ -38,7 +45,8 @@ def answer_consistency(
     rationale_weights: α, each question's weights sum to 1. A rationale of weight 0 costs nothing unless the gradient of
         rationale_weights is asked for.
     num_questions: int or 0-d tensor, B by default.
-    Other arguments as in fused_linear_cross_entropy; max_logits_bytes must hold the K rows of one position.
+    Other arguments as in fused_linear_cross_entropy; max_logits_bytes must hold the K rows of one position; backend
+        "triton" takes K up to 8.
 
     Returns the loss, an fp32 (fp64 for fp64) scalar, differentiable in hidden_states (both sides of each pair),
     lm_head_weight, lm_head_bias and rationale_weights; 0 when no question has two rationales to compare.
@@ -47,7 +55,7 @@ def answer_consistency(
     Source: MIND (arXiv 2601.03717); Lin 1991 for the JSD; gradients in this folder's README.md.
     """
     check_question_weights(rationale_weights)
-    check_head(hidden_states, lm_head_weight, lm_head_bias, logit_scale, logit_softcap, max_logits_bytes, backend)
+    check_head(hidden_states, lm_head_weight, lm_head_bias, logit_scale, logit_softcap, max_logits_bytes)
     check_answer_index(answer_index, rationale_weights, hidden_states.shape[:-1].numel())
     options = SweepOptions(
         losses_shape=torch.Size(rationale_weights.shape),
@@ -57,6 +65,7 @@ def answer_consistency(
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         max_logits_bytes=max_logits_bytes,
+        backend=choose_backend(backend, hidden_states),
     )
     return linear_loss(hidden_states, lm_head_weight, lm_head_bias, rationale_weights, options).loss
 

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mind_kernels.arguments import REDUCTIONS, check_choice, check_head, check_labels, resolve_rationales
-from mind_kernels.torch_sweep import SweepOptions, linear_loss
+from mind_kernels.arguments import (
+    REDUCTIONS,
+    check_choice,
+    check_head,
+    check_labels,
+    choose_backend,
+    resolve_rationales,
+)
+from mind_kernels.linear_sweep import linear_loss
+from mind_kernels.plan import SweepOptions
 
 __all__ = ["FusedLinearCrossEntropy", "fused_linear_cross_entropy"]
 
@@ -41,7 +49,8 @@ def fused_linear_cross_entropy(
     cu_seqlens: int32/int64, segment r is rows cu_seqlens[r] to cu_seqlens[r + 1]; an empty segment has loss 0.
     logit_scale, logit_softcap: see the formula; None for no cap.
     max_logits_bytes: budget for the logits alive at once, 512 MiB by default; smaller is slower.
-    backend: "auto" | "torch".
+    backend: "auto" (Triton kernels on a GPU where the package triton is installed, but for fp64; PyTorch elsewhere) |
+        "torch" | "triton", which raises where it cannot be.
 
     Returns (loss, rationale_losses): a scalar, differentiable in hidden_states, lm_head_weight, lm_head_bias and
     rationale_weights; and the detached CE_r in nats per token, in the shape of the weights, 0 for a rationale without a
@@ -53,7 +62,7 @@ def fused_linear_cross_entropy(
     Raises: ValueError or TypeError naming the argument, what was given and what is wanted.
     Source: gradients in the forward pass follow from the loss's linearity; derivation in this folder's README.md.
     """
-    check_head(hidden_states, lm_head_weight, lm_head_bias, logit_scale, logit_softcap, max_logits_bytes, backend)
+    check_head(hidden_states, lm_head_weight, lm_head_bias, logit_scale, logit_softcap, max_logits_bytes)
     check_choice("reduction", reduction, REDUCTIONS)
     rows_shape = hidden_states.shape[:-1]
     check_labels(shift_labels, rows_shape, lm_head_weight.shape[0], ignore_index, hidden_states.device)
@@ -68,6 +77,7 @@ def fused_linear_cross_entropy(
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         max_logits_bytes=max_logits_bytes,
+        backend=choose_backend(backend, hidden_states),
     )
     losses = linear_loss(hidden_states, lm_head_weight, lm_head_bias, rationales.weights, options)
     return losses.loss, losses.cross_entropy

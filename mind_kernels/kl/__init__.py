@@ -6,17 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from mind_kernels.arguments import (
-    BACKENDS,
     REDUCTIONS,
     check_choice,
     check_divergence,
     check_floating,
     check_labels,
     check_teacher,
+    choose_backend,
     require,
     resolve_rationales,
 )
-from mind_kernels.kl.torch_path import torch_kl
+from mind_kernels.kl.function import weighted_kl
 from mind_kernels.teacher_rows import KLOptions
 from mind_kernels.teachers import Teacher
 
@@ -55,7 +55,6 @@ def ta_weighted_kl(
     """
     check_floating("student_logits", student_logits)
     require(student_logits.ndim >= 2, f"student_logits: given shape {tuple(student_logits.shape)}, wanted (..., T, V)")
-    check_choice("backend", backend, BACKENDS)
     check_choice("reduction", reduction, REDUCTIONS)
     check_divergence(divergence, beta, temperature, temperature_power)
     require(
@@ -70,7 +69,8 @@ def ta_weighted_kl(
     rationales = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, student_logits.device)
     options = KLOptions(divergence, beta, temperature, temperature_power)
     supervised = shift_labels.reshape(-1) != ignore_index
-    return torch_kl(student_logits, teacher, rationales, supervised, options, reduction, max_logits_bytes)
+    chosen = choose_backend(backend, student_logits)
+    return weighted_kl(student_logits, teacher, rationales, supervised, options, reduction, max_logits_bytes, chosen)
 
 
 class TAWeightedKL(nn.Module):

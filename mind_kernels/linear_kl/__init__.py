@@ -11,10 +11,13 @@ from mind_kernels.arguments import (
     check_head,
     check_labels,
     check_teacher,
+    choose_backend,
     resolve_rationales,
 )
+from mind_kernels.linear_sweep import linear_loss
+from mind_kernels.plan import SweepOptions
+from mind_kernels.teacher_rows import KLOptions
 from mind_kernels.teachers import Teacher
-from mind_kernels.torch_sweep import KLOptions, SweepOptions, linear_loss
 
 __all__ = ["FusedLinearKL", "fused_linear_kl"]
 
@@ -61,7 +64,7 @@ def fused_linear_kl(
     Source: Hinton et al. 2015 (arXiv 1503.02531) for τ², Agarwal et al. 2024 (arXiv 2306.13649) for JSD_β; gradients in
     this folder's README.md.
     """
-    check_head(hidden_states, lm_head_weight, lm_head_bias, logit_scale, logit_softcap, max_logits_bytes, backend)
+    check_head(hidden_states, lm_head_weight, lm_head_bias, logit_scale, logit_softcap, max_logits_bytes)
     check_choice("reduction", reduction, REDUCTIONS)
     check_divergence(divergence, beta, temperature, temperature_power)
     rows_shape = hidden_states.shape[:-1]
@@ -81,6 +84,7 @@ def fused_linear_kl(
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         max_logits_bytes=max_logits_bytes,
+        backend=choose_backend(backend, hidden_states),
     )
     losses = linear_loss(hidden_states, lm_head_weight, lm_head_bias, rationales.weights, options)
     return losses.loss, losses.kl

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor, nn
 
-from mind_kernels.arguments import BACKENDS, check_choice, check_floating, require
+from mind_kernels.arguments import check_device, check_floating, check_integer, choose_backend, require
 from mind_kernels.log_softmax.torch_path import torch_log_softmax
 
 __all__ = ["MultiRationaleLogSoftmax", "multi_rationale_log_softmax"]
@@ -16,15 +16,22 @@ def multi_rationale_log_softmax(
     logits: Tensor,  # (..., K, V)
     *,
     temperature: float = 1.0,
+    token_ids: Tensor | None = None,  # (..., K, S)
     backend: str = "auto",
 ) -> Tensor:
     """log softmax(logits / temperature) over the vocabulary, for the K rationales of each position.
 
         log p_kv = z_kv/τ − log Σ_u exp(z_ku/τ),   dz_kv = (g_kv − p_kv Σ_u g_ku) / τ
 
-    logits: (..., K, V), bf16, fp16, fp32 or fp64. temperature: τ > 0. backend: "auto" | "torch".
-    Returns log-probabilities in nats, the shape and dtype of logits; statistics in fp32 (fp64 for fp64).
-    Peak extra memory: the result, and once more a tensor of its size when temperature is not 1.
+    logits: (..., K, V), bf16, fp16, fp32 or fp64. temperature: τ > 0.
+    token_ids: (..., K, S) int64/int32 in [0, V): only the log-probabilities of these tokens, and no tensor of the size
+        of logits is made for them. On a GPU an id outside gives NaN (Triton) or stops the device (PyTorch).
+    backend: "auto" | "torch" | "triton", as in fused_linear_cross_entropy.
+
+    Returns log-probabilities in nats, (..., K, V), or (..., K, S) for token_ids, in the dtype of logits; statistics in
+    fp32 (fp64 for fp64).
+    Peak extra memory: the result, and with "torch" an fp32 copy of logits when temperature is not 1 or with token_ids.
+    The gradient of selected tokens is made in fp32, 4 bytes an element of logits, before it is rounded.
     Raises: ValueError or TypeError naming the argument, what was given and what is wanted.
     """
     check_floating("logits", logits)
@@ -33,8 +40,24 @@ def multi_rationale_log_softmax(
         math.isfinite(temperature) and temperature > 0,
         f"temperature: given {temperature}, wanted a finite number above 0",
     )
-    check_choice("backend", backend, BACKENDS)
-    return torch_log_softmax(logits, temperature)
+    if token_ids is not None:
+        check_integer("token_ids", token_ids)
+        check_device("token_ids", token_ids, logits.device)
+        require(
+            token_ids.shape[:-1] == logits.shape[:-1] and token_ids.ndim >= 2 and token_ids.shape[-1] >= 1,
+            f"token_ids: given shape {tuple(token_ids.shape)}, wanted {(*logits.shape[:-1], 'S')} to match logits",
+        )
+        if logits.device.type == "cpu":
+            wrong = (token_ids < 0) | (token_ids >= logits.shape[-1])
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"token_ids: given {int(token_ids[wrong][0])}, wanted 0 <= id < V = {logits.shape[-1]}"
+                )
+    if choose_backend(backend, logits) == "triton":
+        from mind_kernels.log_softmax.triton_path import triton_log_softmax
+
+        return triton_log_softmax(logits, temperature, token_ids)
+    return torch_log_softmax(logits, temperature, token_ids)
 
 
 class MultiRationaleLogSoftmax(nn.Module):
@@ -45,5 +68,7 @@ class MultiRationaleLogSoftmax(nn.Module):
         self.temperature = temperature
         self.backend = backend
 
-    def forward(self, logits: Tensor) -> Tensor:
-        return multi_rationale_log_softmax(logits, temperature=self.temperature, backend=self.backend)
+    def forward(self, logits: Tensor, *, token_ids: Tensor | None = None) -> Tensor:
+        return multi_rationale_log_softmax(
+            logits, temperature=self.temperature, token_ids=token_ids, backend=self.backend
+        )

@@ -6,9 +6,17 @@ import torch
 from torch import Tensor
 
 
-def torch_log_softmax(logits: Tensor, temperature: float) -> Tensor:  # (..., V) -> (..., V)
-    if temperature == 1.0:
+def torch_log_softmax(
+    logits: Tensor,  # (..., K, V)
+    temperature: float,
+    token_ids: Tensor | None,  # (..., K, S)
+) -> Tensor:  # (..., K, V) or (..., K, S)
+    if token_ids is None and temperature == 1.0:
         return torch.log_softmax(logits, dim=-1)
     # Divided in fp32: a 16-bit quotient would round every logit once more.
     exact = logits if logits.dtype == torch.float64 else logits.float()
-    return torch.log_softmax(exact / temperature, dim=-1).to(logits.dtype)
+    exact = exact / temperature
+    if token_ids is None:
+        return torch.log_softmax(exact, dim=-1).to(logits.dtype)
+    lse = torch.logsumexp(exact, dim=-1, keepdim=True)
+    return (exact.gather(-1, token_ids.long()) - lse).to(logits.dtype)

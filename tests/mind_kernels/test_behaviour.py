@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mind_kernels.torch_sweep as torch_sweep
+import mind_kernels.linear_sweep as linear_sweep
 from mind_kernels import (
     AnswerConsistency,
     FusedLinearCrossEntropy,
@@ -46,7 +46,7 @@ def call_mind_loss(case: MindCase, **more):
 def products(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """Rows of every product of the sweep: forward (head), grad_hidden_states and grad_lm_head_weight."""
     rows: dict[str, list[int]] = {"head": [], "hidden": [], "weight": []}
-    project, mm, add = torch_sweep.project, torch.mm, torch_sweep._WeightGradient.add
+    project, mm, add = linear_sweep.project, torch.mm, linear_sweep._WeightGradient.add
 
     def counting_project(hidden_states, weight, bias, out):
         rows["head"].append(len(hidden_states))
@@ -61,9 +61,9 @@ def products(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
         rows["weight"].append(len(G))
         return add(self, G, X)
 
-    monkeypatch.setattr(torch_sweep, "project", counting_project)
+    monkeypatch.setattr(linear_sweep, "project", counting_project)
     monkeypatch.setattr(torch, "mm", counting_mm)
-    monkeypatch.setattr(torch_sweep._WeightGradient, "add", counting_add)
+    monkeypatch.setattr(linear_sweep._WeightGradient, "add", counting_add)
     return rows
 
 

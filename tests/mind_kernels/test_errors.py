@@ -111,7 +111,7 @@ CROSS_ENTROPY = {
     "softcap": (replace(logit_softcap=-1.0), ValueError, r"logit_softcap: given -1.0, wanted None or"),
     "budget": (replace(max_logits_bytes=0), ValueError, r"max_logits_bytes: given 0, wanted None or a positive"),
     "budget-row": (replace(max_logits_bytes=27), ValueError, r"max_logits_bytes: given 27, wanted at least 28"),
-    "backend": (replace(backend="cuda"), ValueError, r"backend: given 'cuda', wanted one of 'auto', 'torch'"),
+    "backend": (replace(backend="cuda"), ValueError, r"backend: given 'cuda', wanted one of 'auto', 'torch', 'triton'"),
     "seqlens-end": (
         packed([0, 4, 8, 12, 16, 20, 23]),
         ValueError,

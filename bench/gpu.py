@@ -1,0 +1,314 @@
+"""Correctness, then speed, memory and error of the losses on one GPU, as ratios to the bare products of the same run.
+
+    python -m bench.gpu [--results FILE] [--dry-run]
+
+First the kernels' tests on this device; no number is made after a failure. Then, for heads of real models and
+N = 16,384 supervised rows in bf16, forward + backward:
+
+    three products   Z = X Wᵀ, dX = Z W, dW = Zᵀ X        6·N·H·V FLOP
+    four products    and Z_t = X_t W_tᵀ of the teacher    8·N·H·V FLOP
+
+Below 9 minutes on an H200. --dry-run takes tiny shapes through the same code, on a CPU in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import triton
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench.shapes import GPU_CASES, Case
+from mind_kernels import TeacherHidden, fused_linear_cross_entropy, mind_loss
+from mind_kernels.cross_entropy.reference import reference_linear_cross_entropy
+from mind_kernels.testing import relative_error
+
+MiB = 2**20
+BUDGETS = {"default": None, "128 MiB": 128 * MiB, "1 GiB": 1024 * MiB, "4 GiB": 4096 * MiB}
+K, QUESTIONS, ANSWER_TOKENS = 8, 8, 8
+SECONDS_PER_MEASUREMENT = 3.0
+
+
+class Timing(NamedTuple):
+    """Milliseconds of one call, and bytes allocated at its peak above what was held before."""
+
+    p20: float
+    p50: float
+    p80: float
+    peak_bytes: int
+
+
+class Bench:
+    """Times on the device, with enough repetitions for quantiles but no more than a few seconds each."""
+
+    def __init__(self, device: str, repetitions: int):
+        self.device, self.repetitions = device, repetitions
+
+    def once(self, function: Callable[[], object]) -> float:
+        if self.device == "cpu":
+            start = time.perf_counter()
+            function()
+            return 1e3 * (time.perf_counter() - start)
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop)
+
+    def __call__(self, function: Callable[[], object]) -> Timing:
+        peak = 0
+        if self.device == "cuda":
+            function()  # compiles, and lets the allocator find its blocks
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            function()
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() - before
+        times: list[float] = []
+        while len(times) < self.repetitions and (len(times) < 5 or sum(times) < 1e3 * SECONDS_PER_MEASUREMENT):
+            times.append(self.once(function))
+        quantiles = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        return Timing(*quantiles, peak)
+
+
+class Inputs(NamedTuple):
+    X: Tensor  # (N, H)
+    W: Tensor  # (V, H)
+    labels: Tensor  # (N,)
+    teacher: TeacherHidden
+
+
+def make_inputs(case: Case, device: str) -> Inputs:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    N, H, V = case.num_rows, case.hidden_size, case.vocab_size
+    X, W = randn(N, H).requires_grad_(), randn(V, H).mul_(H**-0.5).requires_grad_()
+    labels = torch.randint(0, V, (N,), generator=generator, device=device)
+    return Inputs(X, W, labels, TeacherHidden(randn(N, H), randn(V, H).mul_(H**-0.5)))
+
+
+def step(given: Inputs, *, backend: str = "triton", **options: Any) -> Callable[[], None]:
+    """Forward + backward of mind_loss on QUESTIONS × K packed rationales."""
+    N = len(given.X)
+    device = given.X.device
+    weights = options.pop("rationale_weights", torch.full((QUESTIONS, K), 1 / K, device=device))
+    cu_seqlens = torch.linspace(0, N, QUESTIONS * K + 1, device=device).round().int()
+
+    def run() -> None:
+        output = mind_loss(
+            given.X,
+            given.W,
+            given.labels,
+            rationale_weights=weights,
+            cu_seqlens=cu_seqlens,
+            backend=backend,
+            **options,
+        )
+        output.loss.backward()
+        given.X.grad = given.W.grad = None
+
+    return run
+
+
+def products(given: Inputs, with_teacher: bool) -> Callable[[], None]:
+    X, W = given.X.detach(), given.W.detach()
+
+    def run() -> None:
+        Z = X @ W.t()  # (N, H) @ (H, V) -> (N, V)
+        Z @ W  # (N, V) @ (V, H) -> (N, H)
+        Z.t() @ X  # (V, N) @ (N, H) -> (V, H)
+        if with_teacher:
+            torch.mm(given.teacher.hidden_states, given.teacher.lm_head_weight.t(), out=Z)
+
+    return run
+
+
+def answer_index(N: int, device: str) -> Tensor:
+    """(QUESTIONS, K, A): the last rows of each rationale of N / (QUESTIONS·K) rows."""
+    stops = torch.linspace(0, N, QUESTIONS * K + 1).round().long()[1:].view(QUESTIONS, K, 1)
+    A = min(ANSWER_TOKENS, N // (QUESTIONS * K))
+    return (stops - A + torch.arange(A)).to(device)
+
+
+def errors(given: Inputs) -> dict[str, dict[str, float]]:
+    """Relative errors of loss, dX and dW against fp32 on the first 512 rows, beside those of plain bf16 PyTorch."""
+    rows = slice(0, 512)
+
+    def run(function: Any, dtype: torch.dtype, **more: Any) -> list[Tensor]:
+        x = given.X[rows].detach().to(dtype).requires_grad_()
+        w = given.W.detach().to(dtype).requires_grad_()
+        loss, _ = function(x, w, given.labels[rows], **more)
+        return [loss.detach(), *torch.autograd.grad(loss, (x, w))]
+
+    exact = run(reference_linear_cross_entropy, torch.float32)
+    found = {}
+    for name, values in {
+        "triton": run(fused_linear_cross_entropy, torch.bfloat16, backend="triton"),
+        "plain bf16": run(reference_linear_cross_entropy, torch.bfloat16),
+    }.items():
+        pairs = zip(("loss", "grad_hidden_states", "grad_lm_head_weight"), values, exact, strict=True)
+        found[name] = {part: relative_error(value, wanted) for part, value, wanted in pairs}
+    return found
+
+
+def measure_head(case: Case, bench: Bench, budgets: dict[str, int | None]) -> dict[str, Any]:
+    given = make_inputs(case, bench.device)
+    three, four = bench(products(given, False)), bench(products(given, True))
+    rows: list[dict[str, Any]] = []
+
+    def add(what: str, budget: str, function: Callable[[], None], bare: Timing) -> Timing:
+        timing = bench(function)
+        gradients = (given.X.numel() + given.W.numel()) * 2
+        rows.append(
+            {
+                "what": what,
+                "budget": budget,
+                **timing._asdict(),
+                "extra_bytes": max(timing.peak_bytes - gradients, 0),
+                "ratio_to_products": timing.p50 / bare.p50,
+            }
+        )
+        return timing
+
+    whole: Timing | None = None
+    for name, limit in budgets.items():
+        timing = add("cross-entropy", name, step(given, max_logits_bytes=limit), three)
+        whole = whole or timing
+    assert whole is not None
+    with_kl = {"teacher": given.teacher, "kl_weight": 1.0}
+    add("cross-entropy + forward KL", "default", step(given, **with_kl), four)
+    add("cross-entropy + JSD", "default", step(given, divergence="jsd", **with_kl), four)
+    index = answer_index(case.num_rows, bench.device)
+    consistency = add("cross-entropy + consistency", "default", step(given, answer_index=index), three)
+    add("cross-entropy, backend torch", "default", step(given, backend="torch"), three)
+    half = Inputs(given.X, given.W, given.labels.clone(), given.teacher)
+    half.labels[::2] = -100
+    halved = add("cross-entropy, half the rows", "default", step(half), three)
+    selected = torch.full((QUESTIONS, K), 0.2, device=bench.device)
+    selected[:, :3] = 0
+    some = add("cross-entropy, 3 of 8 at weight 0", "default", step(given, rationale_weights=selected), three)
+    return {
+        "case": vars(case),
+        "three_products": three._asdict(),
+        "four_products": four._asdict(),
+        "rows": rows,
+        "consistency_share": consistency.p50 / whole.p50 - 1,
+        "half_rows_ratio": halved.p50 / whole.p50,
+        "weight_0_saving": 1 - some.p50 / whole.p50,
+        "errors": errors(given),
+    }
+
+
+def check_kernels(dry_run: bool) -> float:
+    """Seconds that the kernels' tests took; a failure ends the program."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/mind_kernels/test_triton.py"]
+    done = subprocess.run(command + (["-k", "cross_entropy_kernel and 41"] if dry_run else []))
+    if done.returncode:
+        raise SystemExit(f"bench.gpu: the kernels' tests failed with exit status {done.returncode}: no numbers")
+    return time.perf_counter() - start
+
+
+def environment(device: str) -> dict[str, Any]:
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor()} (interpreter)",
+        "commit": git.stdout.strip() or None,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "python": platform.python_version(),
+    }
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    table = Table(title="forward + backward, bf16", title_justify="left")
+    for column in ("head", "what", "budget", "p20 ms", "p50 ms", "p80 ms", "ratio", "target", "extra MiB"):
+        table.add_column(column, justify="left" if column in ("head", "what", "budget") else "right")
+    for result in results:
+        case = result["case"]
+        for name in ("three_products", "four_products"):
+            times = result[name]
+            table.add_row(
+                case["name"], name.replace("_", " "), "-", f"{times['p20']:.2f}", f"{times['p50']:.2f}",
+                f"{times['p80']:.2f}", "1", "", "",
+            )  # fmt: skip
+        targets = {
+            "cross-entropy": case["cross_entropy_target"],
+            "cross-entropy + forward KL": case["kl_target"],
+        }
+        for row in result["rows"]:
+            target = targets.get(row["what"]) if row["budget"] == "default" else None
+            table.add_row(
+                case["name"], row["what"], row["budget"], f"{row['p20']:.2f}", f"{row['p50']:.2f}", f"{row['p80']:.2f}",
+                f"{row['ratio_to_products']:.3f}", "" if target is None else f"{target:.2f}",
+                f"{row['extra_bytes'] / MiB:.0f}",
+            )  # fmt: skip
+    Console(width=150).print(table)
+    for result in results:
+        print(
+            f"{result['case']['name']}: consistency +{100 * result['consistency_share']:.1f} %, "
+            f"half the rows ×{result['half_rows_ratio']:.2f}, "
+            f"3 of 8 at weight 0 −{100 * result['weight_0_saving']:.0f} %, "
+            f"errors {json.dumps(result['errors'])}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The kernels' tests, then speed, memory and error on one GPU.")
+    parser.add_argument("--results", type=Path, help="write what was measured as JSON, for bench/results/")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes and one repetition, on any device")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not args.dry_run:
+        raise SystemExit("bench.gpu: no GPU is available, wanted one (or --dry-run)")
+    start = time.perf_counter()
+    test_seconds = check_kernels(args.dry_run)
+    cases, bench, budgets = GPU_CASES, Bench(device, 50), BUDGETS
+    if args.dry_run:
+        cases, bench = [Case("dry-run", 64, 8, 60, 1.0, 1.0)], Bench(device, 1)
+        budgets = {"default": None, "16 rows": 16 * 60 * 2}
+    results = []
+    for case in cases:
+        limits = {name: limit for name, limit in budgets.items() if name != "4 GiB" or case.hidden_size < 1024}
+        results.append(measure_head(case, bench, limits))
+        print(f"{case.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    show(results)
+    seconds = time.perf_counter() - start
+    print(f"{seconds:.0f} s, of which tests {test_seconds:.0f} s")
+    if args.results:
+        document = {
+            "environment": environment(device),
+            "seconds": seconds,
+            "test_seconds": test_seconds,
+            "results": results,
+        }
+        temporary = args.results.with_name(args.results.name + ".tmp")
+        temporary.write_text(json.dumps(document, indent=1) + "\n")
+        temporary.replace(args.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""What the two paths of ta_weighted_kl share: the call and the budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mind_kernels.arguments import Rationales
+from mind_kernels.chunking import DEFAULT_MAX_LOGITS_BYTES
+from mind_kernels.teacher_rows import KLOptions
+from mind_kernels.teachers import Teacher
+
+
+@dataclass(frozen=True)
+class KLCall:
+    """One call of ta_weighted_kl, without the tensors that have gradients."""
+
+    teacher: Teacher
+    kl: KLOptions
+    rationales: Rationales
+    supervised: Tensor  # (N,) bool
+    reduction: str
+    max_logits_bytes: int | None
+    grad_enabled: bool
+    backend: str  # "torch" | "triton"
+
+
+def teacher_chunk_rows(head: Tensor, num_rows: int, max_logits_bytes: int | None) -> int:
+    """Rows of teacher logits that are projected at a time."""
+    budget = DEFAULT_MAX_LOGITS_BYTES if max_logits_bytes is None else max_logits_bytes
+    row_bytes = head.shape[0] * head.dtype.itemsize
+    if budget < row_bytes:
+        raise ValueError(f"max_logits_bytes: given {budget}, wanted at least {row_bytes} for one row of teacher logits")
+    return min(budget // row_bytes, max(num_rows, 1))

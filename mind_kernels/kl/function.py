@@ -1,0 +1,71 @@
+"""ta_weighted_kl as one differentiable operation, whichever path makes its losses and gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mind_kernels.arguments import Rationales
+from mind_kernels.kl.call import KLCall
+from mind_kernels.kl.torch_path import torch_divergences
+from mind_kernels.teacher_rows import KLOptions
+from mind_kernels.teachers import Teacher
+
+
+def _divergences(
+    logits: Tensor,  # (N, V)
+    rationale_weights: Tensor,
+    options: KLCall,
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:  # per rationale (R,), and ∂loss/∂logits (N, V)
+    if options.backend == "triton":
+        from mind_kernels.kl.triton_path import triton_divergences
+
+        return triton_divergences(logits, rationale_weights, options, need_gradient)
+    return torch_divergences(logits, rationale_weights, options, need_gradient)
+
+
+class _TAWeightedKL(torch.autograd.Function):
+    """As in the sweep, the first backward takes the gradient made in forward; another one makes it anew."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, rationale_weights: Tensor, options: KLCall) -> tuple[Tensor, Tensor]:
+        ctx.options = options
+        need_gradient = options.grad_enabled and ctx.needs_input_grad[0]
+        losses, ctx.grad_logits = _divergences(logits, rationale_weights, options, need_gradient)
+        ctx.save_for_backward(logits, rationale_weights, losses)
+        rationale_losses = losses.reshape(options.rationales.losses_shape)
+        ctx.mark_non_differentiable(rationale_losses)
+        return rationale_weights.reshape(-1).to(losses.dtype).dot(losses), rationale_losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        logits, rationale_weights, losses = ctx.saved_tensors
+        grad_logits, ctx.grad_logits = ctx.grad_logits, None
+        grad_weights = None
+        if ctx.needs_input_grad[0]:
+            if grad_logits is None:
+                _, grad_logits = _divergences(logits, rationale_weights, ctx.options, True)
+            assert grad_logits is not None
+            grad_logits.mul_(grad_loss)
+        if ctx.needs_input_grad[1]:
+            grad_weights = (grad_loss * losses).reshape(rationale_weights.shape).to(rationale_weights.dtype)
+        return grad_logits, grad_weights, None
+
+
+def weighted_kl(
+    student_logits: Tensor,  # (..., V)
+    teacher: Teacher,
+    rationales: Rationales,
+    supervised: Tensor,  # (N,) bool
+    kl: KLOptions,
+    reduction: str,
+    max_logits_bytes: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    grad_enabled = torch.is_grad_enabled()
+    options = KLCall(teacher, kl, rationales, supervised, reduction, max_logits_bytes, grad_enabled, backend)
+    return _TAWeightedKL.apply(student_logits.reshape(-1, student_logits.shape[-1]), rationales.weights, options)

@@ -1,0 +1,388 @@
+"""Between the products, with a teacher: a row's KL, reverse KL or JSD and its cross-entropy in one Triton program.
+
+One kernel for both losses: a second one would read the student's logits again, and would need its gradient kept apart
+until the first has no more use for the logits, 2·e·V bytes a row written and read more.
+
+Top-k: the listed tokens are gathered and their logits replaced by −inf, so that a kernel's sum over the row is the
+tail's, with all digits; D over the k + 1 outcomes is a matter of (m, k) tensors; a second kernel writes the gradient of
+the tail's tokens, and the listed ones' is put in their places.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mind_kernels.cross_entropy.triton_path import PairGradient, block_size
+from mind_kernels.divergences import divergence_and_gradient
+from mind_kernels.teacher_rows import NEG, KLOptions, apply_head_, topk_log_probs
+from mind_kernels.triton_math import LOWEST, apply_head, head_slope, label_loss, online_mean, online_sum, softplus
+
+# Two rows' statistics a lane: half the elements of the cross-entropy kernel.
+MAX_BLOCK_V = 2048
+NUM_WARPS = 16
+
+
+@triton.jit
+def lse_of_lanes(b_max, b_sum):
+    """(max, Σ exp(z − max)) of a row from those of its lanes."""
+    top = tl.max(b_max, axis=0)
+    return top, tl.sum(b_sum * tl.exp(b_max - top), axis=0)
+
+
+@triton.jit
+def log_student_over_mixture(b_log_t, b_log_s, log_odds_beta, log_one_minus_beta):
+    """log(s/m) = −log(1−β) − softplus(log t − log s + log(β/(1−β))),  m = (1−β)s + βt never formed."""
+    return -log_one_minus_beta - softplus(b_log_t - b_log_s + log_odds_beta)
+
+
+@triton.jit
+def dense_kl_kernel(
+    z_ptr, stride_zn, z_row_ptr,  # (·, V) bare products, (m,) int64: ∂loss/∂product is written over these rows
+    t_ptr, stride_tn, t_row_ptr,  # (·, V_t) the teacher's, (m,) int64
+    label_ptr,  # (m,) int64
+    coefficient_ptr, kl_coefficient_ptr,  # (m,) fp32: ∂loss/∂(cross-entropy), ∂loss/∂(τ^p·D) of the row
+    pair_ptr, stride_pn, pair_mean_ptr,  # (m, V), (m,) fp32
+    loss_ptr, kl_loss_ptr,  # (m,) fp32
+    logit_scale,
+    logit_softcap,
+    teacher_scale,
+    teacher_softcap,
+    inverse_temperature,
+    loss_scale,  # τ^p
+    beta,
+    log_odds_beta,  # log(β/(1−β))
+    log_one_minus_beta,
+    V: tl.constexpr,
+    V_SHARED: tl.constexpr,  # the tokens that D is over
+    DIVERGENCE: tl.constexpr,
+    HAS_CROSS_ENTROPY: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    TEACHER_HAS_SOFTCAP: tl.constexpr,
+    HAS_PAIRS: tl.constexpr,
+    NEEDS_GRADIENT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Formulas as in divergences.py. First pass: all log-sum-exps, and D but for the JSD, whose sums need them first.
+
+    With zs, zt at temperature τ:  KL(t‖s) = Σ t(zt − zs) − lse_t + lse_s,  KL(s‖t) = Σ s(zs − zt) + lse_t − lse_s.
+    """
+    i_n = tl.program_id(0).to(tl.int64)
+    z_ptr += tl.load(z_row_ptr + i_n) * stride_zn
+    t_ptr += tl.load(t_row_ptr + i_n) * stride_tn
+    # At temperature 1 over the whole vocabulary the cross-entropy's log-sum-exp is the divergence's too.
+    ONE_LSE: tl.constexpr = HAS_CROSS_ENTROPY and not HAS_TEMPERATURE and V_SHARED == V and DIVERGENCE != "reverse"
+    if HAS_CROSS_ENTROPY:
+        label = tl.load(label_ptr + i_n)
+        is_label_valid = (label >= 0) & (label < V)
+        label = tl.where(is_label_valid, label, 0)
+        z_label = apply_head(tl.load(z_ptr + label), logit_scale, logit_softcap, HAS_SOFTCAP)
+
+    o_block = tl.arange(0, BLOCK_V)
+    b_zero = tl.zeros((BLOCK_V,), tl.float32)
+    b_max, b_sum = b_zero + LOWEST, b_zero
+    b_max_s, b_sum_s, b_max_t, b_sum_t, b_mean = b_zero + LOWEST, b_zero, b_zero + LOWEST, b_zero, b_zero
+    for v in range(0, V, BLOCK_V):
+        o_v = v + o_block
+        m_shared = o_v < V_SHARED
+        b_z = apply_head(tl.load(z_ptr + o_v, mask=o_v < V, other=0.0), logit_scale, logit_softcap, HAS_SOFTCAP)
+        if HAS_CROSS_ENTROPY:
+            b_rest = tl.where((o_v < V) & (o_v != label), b_z, float("-inf"))
+            b_max, b_sum = online_sum(b_max, b_sum, b_rest)
+        b_t = apply_head(tl.load(t_ptr + o_v, mask=m_shared, other=0.0), teacher_scale, teacher_softcap,
+                         TEACHER_HAS_SOFTCAP)  # fmt: skip
+        b_s = tl.where(m_shared, b_z * inverse_temperature, float("-inf"))
+        b_t = tl.where(m_shared, b_t * inverse_temperature, float("-inf"))
+        if DIVERGENCE == "forward":
+            b_d = tl.where(b_t == float("-inf"), 0.0, b_t - b_s)
+            b_max_t, b_sum_t, b_mean = online_mean(b_max_t, b_sum_t, b_mean, b_t, b_d)
+        else:
+            b_max_t, b_sum_t = online_sum(b_max_t, b_sum_t, b_t)
+        if DIVERGENCE == "reverse":
+            b_d = tl.where(m_shared, b_s - b_t, 0.0)
+            b_max_s, b_sum_s, b_mean = online_mean(b_max_s, b_sum_s, b_mean, b_s, b_d)
+        elif not ONE_LSE:
+            b_max_s, b_sum_s = online_sum(b_max_s, b_sum_s, b_s)
+
+    if HAS_CROSS_ENTROPY:
+        z_max, z_sum = lse_of_lanes(b_max, b_sum)
+        loss, rest, lse = label_loss(z_label, z_max, z_sum)
+        tl.store(loss_ptr + i_n, tl.where(is_label_valid, loss, float("nan")))
+    t_max, t_sum = lse_of_lanes(b_max_t, b_sum_t)
+    lse_t = t_max + tl.log(t_sum)
+    if ONE_LSE:
+        lse_s = lse
+    else:
+        s_max, s_sum = lse_of_lanes(b_max_s, b_sum_s)
+        lse_s = s_max + tl.log(s_sum)
+
+    if DIVERGENCE == "forward":
+        divergence = tl.sum(b_mean * tl.exp(b_max_t - t_max), axis=0) / t_sum - lse_t + lse_s
+    elif DIVERGENCE == "reverse":
+        divergence = tl.sum(b_mean * tl.exp(b_max_s - s_max), axis=0) / s_sum + lse_t - lse_s
+    else:
+        b_kl_s, b_kl_t = b_zero, b_zero
+        for v in range(0, V_SHARED, BLOCK_V):
+            o_v = v + o_block
+            m_shared = o_v < V_SHARED
+            b_z = apply_head(tl.load(z_ptr + o_v, mask=m_shared, other=0.0), logit_scale, logit_softcap, HAS_SOFTCAP)
+            b_t = apply_head(tl.load(t_ptr + o_v, mask=m_shared, other=0.0), teacher_scale, teacher_softcap,
+                             TEACHER_HAS_SOFTCAP)  # fmt: skip
+            b_log_s = b_z * inverse_temperature - lse_s
+            b_log_t = b_t * inverse_temperature - lse_t
+            b_p_t = tl.exp(b_log_t)
+            b_ratio = log_student_over_mixture(b_log_t, b_log_s, log_odds_beta, log_one_minus_beta)
+            b_kl_s += tl.where(m_shared, tl.exp(b_log_s) * b_ratio, 0.0)
+            b_kl_t += tl.where(m_shared & (b_p_t > 0.0), b_p_t * (b_log_t - b_log_s + b_ratio), 0.0)
+        kl_s = tl.sum(b_kl_s, axis=0)
+        divergence = beta * tl.sum(b_kl_t, axis=0) + (1.0 - beta) * kl_s
+    tl.store(kl_loss_ptr + i_n, loss_scale * divergence)
+
+    if NEEDS_GRADIENT:
+        kl_coefficient = tl.load(kl_coefficient_ptr + i_n) * loss_scale * inverse_temperature
+        if HAS_CROSS_ENTROPY:
+            coefficient = tl.load(coefficient_ptr + i_n)
+        if HAS_PAIRS:
+            pair_ptr += i_n * stride_pn
+            pair_mean = tl.load(pair_mean_ptr + i_n)
+        for v in range(0, V, BLOCK_V):
+            o_v = v + o_block
+            m_shared = o_v < V_SHARED
+            b_z = apply_head(tl.load(z_ptr + o_v, mask=o_v < V, other=0.0), logit_scale, logit_softcap, HAS_SOFTCAP)
+            b_t = apply_head(tl.load(t_ptr + o_v, mask=m_shared, other=0.0), teacher_scale, teacher_softcap,
+                             TEACHER_HAS_SOFTCAP)  # fmt: skip
+            b_log_s = b_z * inverse_temperature - lse_s
+            b_log_t = b_t * inverse_temperature - lse_t
+            b_p_s = tl.exp(b_log_s)
+            if DIVERGENCE == "forward":
+                b_d = b_p_s - tl.exp(b_log_t)
+            elif DIVERGENCE == "reverse":
+                b_d = b_p_s * (b_log_s - b_log_t - divergence)
+            else:
+                b_ratio = log_student_over_mixture(b_log_t, b_log_s, log_odds_beta, log_one_minus_beta)
+                b_d = (1.0 - beta) * b_p_s * (b_ratio - kl_s)
+            b_d = tl.where(m_shared, kl_coefficient * b_d, 0.0)
+            if HAS_CROSS_ENTROPY:
+                b_p = tl.exp(b_z - lse)
+                b_d += coefficient * tl.where(o_v == label, -rest, b_p)
+                if HAS_PAIRS:
+                    b_pair = tl.load(pair_ptr + o_v, mask=o_v < V, other=0.0)
+                    b_d += 0.5 * b_p * (b_pair - pair_mean)
+            b_d *= head_slope(b_z, logit_scale, logit_softcap, HAS_SOFTCAP)
+            tl.store(z_ptr + o_v, b_d.to(z_ptr.dtype.element_ty), mask=o_v < V)
+
+
+def dense_kl_(
+    z: Tensor,  # (·, V) bare products; rows z_rows are overwritten when needs_gradient
+    z_rows: Tensor,  # (m,) int64
+    teacher_logits: Tensor,  # (·, V_t) bare products
+    teacher_rows: Tensor,  # (m,) int64
+    labels: Tensor | None,  # (m,) int64
+    coefficient: Tensor | None,  # (m,) fp32; None: no cross-entropy
+    kl_coefficient: Tensor,  # (m,) fp32
+    loss: Tensor | None,  # (m,) fp32, written
+    kl_loss: Tensor,  # (m,) fp32, written: τ^p·D
+    options: KLOptions,
+    *,
+    V_shared: int,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    teacher_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    pairs: PairGradient | None = None,
+    needs_gradient: bool,
+) -> None:
+    """Bytes: student's and teacher's logits read twice (thrice for the JSD), e·V of gradient written."""
+    m, V = len(z_rows), z.shape[1]
+    assert z.stride(1) == teacher_logits.stride(1) == 1
+    # A pointer that is not read still needs a tensor behind it.
+    pair_sum, pair_mean = (kl_coefficient, kl_coefficient) if pairs is None else pairs
+    beta = options.beta if options.divergence == "jsd" else 0.5
+    dense_kl_kernel[(m,)](
+        z, z.stride(0), z_rows,
+        teacher_logits, teacher_logits.stride(0), teacher_rows,
+        z_rows if labels is None else labels,
+        kl_coefficient if coefficient is None else coefficient, kl_coefficient,
+        pair_sum, pair_sum.stride(0), pair_mean,
+        kl_loss if loss is None else loss, kl_loss,
+        logit_scale,
+        1.0 if logit_softcap is None else logit_softcap,
+        teacher_scale,
+        1.0 if teacher_softcap is None else teacher_softcap,
+        1.0 / options.temperature,
+        options.loss_scale,
+        beta,
+        math.log(beta / (1.0 - beta)),
+        math.log1p(-beta),
+        V=V,
+        V_SHARED=V_shared,
+        DIVERGENCE=options.divergence,
+        HAS_CROSS_ENTROPY=coefficient is not None,
+        HAS_TEMPERATURE=options.temperature != 1.0,
+        HAS_SOFTCAP=logit_softcap is not None,
+        TEACHER_HAS_SOFTCAP=teacher_softcap is not None,
+        HAS_PAIRS=pairs is not None,
+        NEEDS_GRADIENT=needs_gradient,
+        BLOCK_V=block_size(V, MAX_BLOCK_V),
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+@triton.jit
+def tail_kernel(
+    z_ptr, stride_zn,  # (m, V) bare products, −inf where a token is listed
+    label_ptr,  # (m,) int64
+    max_ptr, sum_ptr,  # (m,) fp32: Σ exp(z − max) over the tokens that are neither listed nor the label
+    logit_scale,
+    logit_softcap,
+    V: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    i_n = tl.program_id(0).to(tl.int64)
+    z_ptr += i_n * stride_zn
+    label = tl.load(label_ptr + i_n)
+    o_block = tl.arange(0, BLOCK_V)
+    b_max = tl.full((BLOCK_V,), LOWEST, tl.float32)
+    b_sum = tl.zeros((BLOCK_V,), tl.float32)
+    for v in range(0, V, BLOCK_V):
+        o_v = v + o_block
+        b_u = tl.load(z_ptr + o_v, mask=o_v < V, other=float("-inf")).to(tl.float32)
+        b_z = apply_head(b_u, logit_scale, logit_softcap, HAS_SOFTCAP)
+        b_z = tl.where((b_u == float("-inf")) | (o_v == label), float("-inf"), b_z)
+        b_max, b_sum = online_sum(b_max, b_sum, b_z)
+    z_max, z_sum = lse_of_lanes(b_max, b_sum)
+    tl.store(max_ptr + i_n, z_max)
+    tl.store(sum_ptr + i_n, z_sum)
+
+
+@triton.jit
+def tail_gradient_kernel(
+    z_ptr, stride_zn,  # (m, V) bare products; ∂loss/∂product is written over them (not where a token is listed)
+    label_ptr,  # (m,) int64
+    lse_ptr, rest_ptr,  # (m,) fp32: 1 − p_label is rest
+    coefficient_ptr, share_ptr,  # (m,) fp32: of the cross-entropy, of the tail's probabilities
+    pair_ptr, stride_pn, pair_mean_ptr,  # (m, V), (m,) fp32
+    logit_scale,
+    logit_softcap,
+    V: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_PAIRS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """∂loss/∂u = (c·(p − onehot(y)) + share·p + pairs)·dz/du."""
+    i_n = tl.program_id(0).to(tl.int64)
+    z_ptr += i_n * stride_zn
+    label, lse, rest = tl.load(label_ptr + i_n), tl.load(lse_ptr + i_n), tl.load(rest_ptr + i_n)
+    coefficient, share = tl.load(coefficient_ptr + i_n), tl.load(share_ptr + i_n)
+    if HAS_PAIRS:
+        pair_ptr += i_n * stride_pn
+        pair_mean = tl.load(pair_mean_ptr + i_n)
+    o_block = tl.arange(0, BLOCK_V)
+    for v in range(0, V, BLOCK_V):
+        o_v = v + o_block
+        b_u = tl.load(z_ptr + o_v, mask=o_v < V, other=0.0)
+        b_z = apply_head(b_u, logit_scale, logit_softcap, HAS_SOFTCAP)
+        b_p = tl.exp(b_z - lse)
+        b_d = share * b_p + coefficient * tl.where(o_v == label, -rest, b_p)
+        if HAS_PAIRS:
+            b_pair = tl.load(pair_ptr + o_v, mask=o_v < V, other=0.0)
+            b_d += 0.5 * b_p * (b_pair - pair_mean)
+        b_d *= head_slope(b_z, logit_scale, logit_softcap, HAS_SOFTCAP)
+        m_v = (o_v < V) & (b_u.to(tl.float32) != float("-inf"))
+        tl.store(z_ptr + o_v, b_d.to(z_ptr.dtype.element_ty), mask=m_v)
+
+
+def topk_kl_(
+    z: Tensor,  # (m, V) bare products; overwritten, with the gradient when needs_gradient
+    token_ids: Tensor,  # (m, k)
+    teacher_log_probs: Tensor,  # (m, k) fp32 at temperature 1, −inf padded
+    tail: str,
+    labels: Tensor,  # (m,) int64
+    coefficient: Tensor,  # (m,) fp32, zeros where there is no cross-entropy
+    kl_coefficient: Tensor,  # (m,) fp32
+    loss: Tensor,  # (m,) fp32, written
+    kl_loss: Tensor,  # (m,) fp32, written: τ^p·D
+    options: KLOptions,
+    *,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    pairs: PairGradient | None = None,
+    needs_gradient: bool,
+) -> None:
+    """Bytes: e·V read twice and written once; k pairs a row beside them."""
+    m, V = z.shape
+    assert z.stride(1) == 1
+    head: dict[str, Any] = {
+        "V": V,
+        "HAS_SOFTCAP": logit_softcap is not None,
+        "BLOCK_V": block_size(V, MAX_BLOCK_V),
+        "num_warps": NUM_WARPS,
+    }
+    scale_and_softcap = logit_scale, 1.0 if logit_softcap is None else logit_softcap
+    is_label_valid = (labels >= 0) & (labels < V)
+    labels = torch.where(is_label_valid, labels, 0)
+    padded = torch.isneginf(teacher_log_probs)
+    # A padded id points at its row's first real one: what is put back there is that one's.
+    first = (~padded).to(torch.int8).argmax(-1, keepdim=True)
+    ids = torch.where(padded, token_ids.gather(-1, first), token_ids).long()
+    z_listed, z_label = z.gather(-1, ids).float(), z.gather(-1, labels.unsqueeze(-1)).float()
+    apply_head_(z_listed, logit_scale, logit_softcap)
+    apply_head_(z_label, logit_scale, logit_softcap)
+    z.scatter_(-1, ids, -math.inf)
+    z_max, z_sum = torch.empty_like(z_label), torch.empty_like(z_label)
+    tail_kernel[(m,)](z, z.stride(0), labels, z_max, z_sum, *scale_and_softcap, **head)
+
+    # Unnormalised exponentials: e_tail over the unlisted tokens, rest over all but the label.
+    is_label = (ids == labels.unsqueeze(-1)) & ~padded
+    top = torch.maximum(torch.maximum(z_max, z_label), z_listed.masked_fill(padded, -math.inf).amax(-1, keepdim=True))
+    e_listed, e_label = (z_listed - top).exp().masked_fill(padded, 0.0), (z_label - top).exp()
+    e_tail = z_sum * (z_max - top).exp()
+    rest = e_tail + e_listed.masked_fill(is_label, 0.0).sum(-1, keepdim=True)
+    e_tail = e_tail + e_label.masked_fill(is_label.any(-1, keepdim=True), 0.0)
+    total = rest + e_label
+    lse = top + total.log()
+    row_loss = torch.where(e_label == 1.0, torch.log1p(rest), lse - z_label).squeeze(-1)
+    loss.copy_(row_loss.masked_fill(~is_label_valid, math.nan))
+
+    log_teacher = topk_log_probs(teacher_log_probs, tail, options.temperature)
+    if tail == "renormalize":
+        log_student = torch.log_softmax((z_listed / options.temperature).masked_fill(padded, NEG), -1)
+        log_student.masked_fill_(padded, NEG)
+    else:
+        log_listed = (z_listed - lse).masked_fill(padded, NEG)
+        log_student = torch.cat([log_listed, (e_tail.log() + top - lse).clamp_(min=NEG)], -1)
+    D, grad = divergence_and_gradient(log_teacher, log_student, options.divergence, options.beta, needs_gradient)
+    kl_loss.copy_(D.mul_(options.loss_scale))
+    if grad is None:
+        return
+
+    grad.mul_((kl_coefficient * options.loss_scale / options.temperature).unsqueeze(-1))
+    share = torch.zeros_like(total)
+    if tail == "bucket":
+        share = torch.where(e_tail > 0, grad[:, -1:] * total / e_tail, share)
+        grad = grad[:, :-1]
+    p_listed, rest = e_listed / total, rest / total
+    grad = grad + coefficient.unsqueeze(-1) * torch.where(is_label, -rest, p_listed)
+    if pairs is not None:
+        grad = grad + 0.5 * p_listed * (pairs.sum.gather(-1, ids) - pairs.mean.unsqueeze(-1))
+    slope = logit_scale if logit_softcap is None else logit_scale * (1 - (z_listed / logit_softcap).square())
+    grad = grad * slope
+    pair_sum, pair_mean = (lse, lse) if pairs is None else pairs
+    tail_gradient_kernel[(m,)](
+        z, z.stride(0),
+        labels,
+        lse, rest,
+        coefficient, share,
+        pair_sum, pair_sum.stride(0), pair_mean,
+        *scale_and_softcap,
+        **head,
+        HAS_PAIRS=pairs is not None,
+    )  # fmt: skip
+    z.scatter_(-1, ids, torch.where(padded, grad.gather(-1, first), grad).to(z.dtype))

@@ -1,0 +1,247 @@
+"""One sweep over the vocabulary: head, cross-entropy, KL and answer consistency, and their gradients, chunk by chunk.
+
+Every fused operation of this package that takes hidden states is this sweep with other coefficients. For the rows n of
+a chunk (S supervised rows in all; V vocabulary; H hidden size):
+
+    z = softcap(logit_scale · (X Wᵀ + b))                                        # (m, H) @ (H, V) -> (m, V)
+    G = ∂loss/∂(X Wᵀ + b), written over z                                        # elementwise, in fp32 blocks
+    dX = G W                                                                     # (m, V) @ (V, H) -> (m, H)
+    dW += Gᵀ X                                                                   # (V, m) @ (m, H) -> (V, H)
+
+Since the loss is linear in the coefficients and they are known beforehand, gradients are made while the logits are at
+hand: each row's logits are computed once. Three products of 2·S·H·V FLOP each (two when the head is frozen), plus one
+for a TeacherHidden; peak extra memory: the gradients + max_logits_bytes (+ 4·V·H bytes of fp32 accumulator when a
+16-bit weight gradient takes more than one chunk).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mind_kernels.chunking import Chunk, plan_chunks
+from mind_kernels.plan import RowLosses, SweepOptions, make_plan
+from mind_kernels.reduction import statistics_dtype
+from mind_kernels.teacher_rows import TeacherRows, project
+from mind_kernels.teachers import TeacherHidden
+from mind_kernels.torch_rows import TorchRows
+
+
+class SweepResult(NamedTuple):
+    cross_entropy: Tensor  # (R,) per rationale, reduced
+    kl: Tensor  # (R,) per rationale, reduced, τ^p included
+    jsd: Tensor | None  # (B, K, K) mean over the answer positions
+    grad_hidden_states: Tensor | None  # all gradients are of loss / gradient_scale
+    grad_lm_head_weight: Tensor | None
+    grad_lm_head_bias: Tensor | None
+    gradient_scale: float
+
+
+class _WeightGradient:
+    """dW += Gᵀ X over the chunks, in fp32 (fp64 for fp64), with one downcast at the end.
+
+    One chunk is one product and needs no accumulator: its inner sum is already fp32. A CPU has no 16-bit product with
+    an fp32 result, so there each chunk's partial is rounded once before it is added.
+    """
+
+    TILE = 8192  # vocabulary rows of a 16-bit partial held at a time
+
+    def __init__(self, V: int, H: int, compute_dtype: torch.dtype, device: torch.device, single_chunk: bool):
+        direct = single_chunk or compute_dtype in (torch.float32, torch.float64)
+        self.total = torch.empty(V, H, dtype=compute_dtype if direct else torch.float32, device=device)
+        self.tile = None if direct else torch.empty(min(self.TILE, V), H, dtype=compute_dtype, device=device)
+        self.empty = True
+
+    def add(self, G: Tensor, X: Tensor) -> None:  # (V, m) @ (m, H) -> (V, H)
+        if self.tile is None:
+            torch.addmm(self.total, G.t(), X, beta=0.0 if self.empty else 1.0, out=self.total)
+        else:
+            for v in range(0, len(self.total), self.TILE):
+                total = self.total[v : v + self.TILE]
+                partial = torch.mm(G[:, v : v + self.TILE].t(), X, out=self.tile[: len(total)])
+                total.copy_(partial) if self.empty else total.add_(partial)
+        self.empty = False
+
+    def finish(self, dtype: torch.dtype) -> Tensor:
+        return self.total.zero_().to(dtype) if self.empty else self.total.to(dtype)
+
+
+def sweep(
+    hidden_states: Tensor,  # (N, H)
+    lm_head_weight: Tensor,  # (V, H)
+    lm_head_bias: Tensor | None,  # (V,)
+    rationale_weights: Tensor,  # (R,) or (B, K)
+    options: SweepOptions,
+    compute_dtype: torch.dtype,  # of the products
+    needs_input_grad: Sequence[bool],  # of the four tensors
+) -> SweepResult:
+    """The losses, and the gradients that needs_input_grad asks for. See the head of this file."""
+    need_grad_hidden_states, need_grad_weight, need_grad_bias, need_grad_rationale_weights = needs_input_grad
+    need_gradient = need_grad_hidden_states or need_grad_weight or need_grad_bias
+    (N, H), V = hidden_states.shape, lm_head_weight.shape[0]
+    device, stats = hidden_states.device, statistics_dtype(compute_dtype)
+    weights = rationale_weights.detach().reshape(-1).to(stats)
+    plan = make_plan(N, weights, options, compute_dtype, need_gradient, need_grad_rationale_weights)
+    rows = plan.rows
+
+    bytes_per_row = V * compute_dtype.itemsize
+    teacher_head = options.teacher.lm_head_weight if isinstance(options.teacher, TeacherHidden) else None
+    if teacher_head is not None:
+        bytes_per_row += teacher_head.shape[0] * teacher_head.dtype.itemsize
+    chunks = plan_chunks(rows, bytes_per_row, options.max_logits_bytes)
+    chunk_rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    X_all = hidden_states.detach()
+    W = lm_head_weight.detach().to(compute_dtype)
+    b = None if lm_head_bias is None else lm_head_bias.detach().to(compute_dtype)
+    row_losses = RowLosses(
+        torch.zeros_like(plan.terms.cross_entropy),
+        torch.zeros_like(plan.terms.cross_entropy),
+        None if plan.pair_weights is None else torch.zeros_like(plan.pair_weights),
+        torch.zeros(V, dtype=stats, device=device) if need_grad_bias else None,
+    )
+    grad_hidden_states = torch.zeros_like(X_all) if need_grad_hidden_states else None
+    weight_gradient = None
+    if need_grad_weight:
+        single_chunk = sum(chunk.needs_gradient for chunk in chunks) <= 1
+        weight_gradient = _WeightGradient(V, H, compute_dtype, device, single_chunk)
+
+    losses_and_gradient_: Callable[[Tensor, Chunk, TeacherRows | None], None]
+    if options.backend == "triton":
+        from mind_kernels.triton_rows import TritonRows
+
+        losses_and_gradient_ = TritonRows(plan, options, row_losses)
+    else:
+        losses_and_gradient_ = TorchRows(plan, options, V, compute_dtype, row_losses)
+
+    def run_chunks() -> None:
+        logits = torch.empty(chunk_rows, V, dtype=compute_dtype, device=device)
+        teacher_logits = None
+        if teacher_head is not None:
+            teacher_logits = torch.empty(chunk_rows, teacher_head.shape[0], dtype=teacher_head.dtype, device=device)
+        for chunk in chunks:
+            index = rows.order[chunk.start : chunk.stop]
+            X = X_all[index].to(compute_dtype)
+            z_chunk = project(X, W, b, logits[: len(index)])
+            teacher_rows = None
+            if options.teacher is not None:
+                teacher_rows = TeacherRows(options.teacher, options.kl, index, teacher_logits)
+            losses_and_gradient_(z_chunk, chunk, teacher_rows)
+            if chunk.needs_gradient:
+                if grad_hidden_states is not None:
+                    grad_hidden_states[index] = torch.mm(z_chunk, W).to(X_all.dtype)  # (m, V) @ (V, H) -> (m, H)
+                if weight_gradient is not None:
+                    weight_gradient.add(z_chunk, X)
+
+    run_chunks()  # and its buffers are gone before the weight gradient's downcast
+
+    cross_entropy, kl = torch.zeros_like(weights), torch.zeros_like(weights)
+    if plan.reduce is not None:
+        rows_of_losses = rows.order[plan.is_supervised]
+        cross_entropy = plan.reduce(row_losses.cross_entropy[plan.is_supervised], rows_of_losses)
+        kl = plan.reduce(row_losses.kl[plan.is_supervised], rows_of_losses)
+    grad_bias = row_losses.grad_bias
+    return SweepResult(
+        cross_entropy,
+        kl,
+        row_losses.jsd,
+        grad_hidden_states,
+        None if weight_gradient is None else weight_gradient.finish(lm_head_weight.dtype),
+        None if grad_bias is None or lm_head_bias is None else grad_bias.to(lm_head_bias.dtype),
+        plan.gradient_scale,
+    )
+
+
+class _LinearLoss(torch.autograd.Function):
+    """The gradients are made in forward. The first backward hands them over (no copy of a (V, H) tensor); another
+    backward through the same graph repeats the sweep, so it is correct and costs a sweep.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: Tensor,  # (N, H)
+        lm_head_weight: Tensor,  # (V, H)
+        lm_head_bias: Tensor | None,  # (V,)
+        rationale_weights: Tensor,  # (R,) or (B, K)
+        options: SweepOptions,
+        compute_dtype: torch.dtype,
+        grad_enabled: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:4]]
+        ctx.sweep_arguments = options, compute_dtype, needs
+        tensors = hidden_states, lm_head_weight, lm_head_bias, rationale_weights
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            result = sweep(*tensors, *ctx.sweep_arguments)
+            weights = rationale_weights.reshape(-1).to(result.cross_entropy.dtype)
+            # ∂loss/∂w_r = (CE_r + kl_weight·KL_r + consistency_weight·Σ_j w_j·JSD_rj) / num_questions
+            grad_weights = options.cross_entropy_weight * result.cross_entropy + options.kl_weight * result.kl
+            grad_weights = grad_weights / options.num_questions
+            loss = weights.dot(grad_weights)
+            consistency = weights.new_zeros(())
+            if result.jsd is not None:
+                alpha = weights.view(result.jsd.shape[:2])
+                neighbours = torch.einsum("bij,bj->bi", result.jsd, alpha)
+                consistency = 0.5 * (alpha * neighbours).sum() / options.num_questions
+                loss = loss + options.consistency_weight * consistency
+                grad_weights = grad_weights.add(
+                    neighbours.reshape(-1), alpha=options.consistency_weight / options.num_questions
+                )
+        ctx.save_for_backward(*tensors)
+        ctx.result = result
+        ctx.grad_weights = grad_weights.view(rationale_weights.shape)
+        parts = result.cross_entropy.reshape(options.losses_shape), result.kl.reshape(options.losses_shape), consistency
+        ctx.mark_non_differentiable(*parts)
+        return loss, *parts
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        result, ctx.result = ctx.result, None
+        tensors = ctx.saved_tensors
+        if result is None:
+            with torch.autocast(grad_loss.device.type, enabled=False):
+                result = sweep(*tensors, *ctx.sweep_arguments)
+        factor = grad_loss * result.gradient_scale
+        gradients = [result.grad_hidden_states, result.grad_lm_head_weight, result.grad_lm_head_bias]
+        # On a CPU looking at the factor is free and 1 is the rule; on a GPU it would wait for the device.
+        if not (factor.device.type == "cpu" and float(factor) == 1.0):
+            gradients = [None if gradient is None else gradient.mul_(factor) for gradient in gradients]
+        grad_weights = (grad_loss * ctx.grad_weights).to(tensors[3].dtype) if ctx.needs_input_grad[3] else None
+        return *gradients, grad_weights, None, None, None
+
+
+class LinearLosses(NamedTuple):
+    loss: Tensor  # () differentiable
+    cross_entropy: Tensor  # per rationale, detached
+    kl: Tensor  # per rationale, detached, τ^p included
+    consistency: Tensor  # () detached, over num_questions
+
+
+def linear_loss(
+    hidden_states: Tensor,  # (..., H)
+    lm_head_weight: Tensor,  # (V, H)
+    lm_head_bias: Tensor | None,  # (V,)
+    rationale_weights: Tensor,  # (R,) or (B, K)
+    options: SweepOptions,
+) -> LinearLosses:
+    """The sweep as one differentiable operation, fp32 (fp64 for fp64) losses."""
+    device = hidden_states.device.type
+    compute_dtype = hidden_states.dtype
+    if torch.is_autocast_enabled(device) and compute_dtype != torch.float64:
+        compute_dtype = torch.get_autocast_dtype(device)
+    hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
+    # In Function.forward grad mode is off, so whether a graph is wanted is asked here.
+    return LinearLosses(
+        *_LinearLoss.apply(
+            hidden_states,
+            lm_head_weight,
+            lm_head_bias,
+            rationale_weights,
+            options,
+            compute_dtype,
+            torch.is_grad_enabled(),
+        )
+    )

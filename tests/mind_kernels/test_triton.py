@@ -1,0 +1,515 @@
+"""Every Triton kernel and every public function with backend="triton" against the fp64 reference.
+
+On a GPU the kernels run there; without one, in Triton's interpreter on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mind_kernels import (
+    TeacherHidden,
+    TeacherLogits,
+    TeacherTopK,
+    answer_consistency,
+    fused_linear_cross_entropy,
+    fused_linear_kl,
+    mind_loss,
+    multi_rationale_log_softmax,
+    ta_weighted_kl,
+)
+from mind_kernels.combined.reference import reference_mind_loss
+from mind_kernels.consistency.reference import reference_answer_consistency
+from mind_kernels.consistency.triton_path import pairwise_jsd
+from mind_kernels.cross_entropy.reference import reference_linear_cross_entropy
+from mind_kernels.cross_entropy.triton_path import PairGradient, cross_entropy_
+from mind_kernels.divergences import pairwise_jsd_and_gradient
+from mind_kernels.kl.reference import reference_kl
+from mind_kernels.linear_kl.reference import reference_linear_kl
+from mind_kernels.linear_kl.triton_path import dense_kl_, topk_kl_
+from mind_kernels.log_softmax.reference import reference_log_softmax
+from mind_kernels.teacher_rows import KLOptions, topk_divergence
+from mind_kernels.teachers import Teacher
+from mind_kernels.testing import MindCase, assert_as_good_as_plain, random_case, random_teacher, relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# (B, K, T, H, V, A), each with its reason
+SHAPES = {
+    "ragged-B2-K3-T4-H13-V41": (2, 3, 4, 13, 41, 2),
+    "one-row-B1-K1-T1-H5-V11": (1, 1, 1, 5, 11, 1),
+    "three-tiles-B1-K2-T2-H6-V20001": (1, 2, 2, 6, 20_001, 1),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# One rounding of the result. The interpreter cuts bf16 off where a GPU rounds: twice the error.
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 4e-3 if DEVICE == "cuda" else 8e-3, torch.float16: 1e-3}
+TEACHERS = ["hidden", "logits", "topk", "topk-renormalize"]
+
+
+def dtype_id(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(DEVICE)
+
+
+def close(name: str, given: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """Within a few roundings of dtype, norms compared."""
+    error, allowed = relative_error(given, exact), 4 * FLOOR[dtype]
+    assert error <= allowed, f"{name}: relative error {error:.2e}, wanted at most {allowed:.2e}"
+
+
+# --- kernels -----------------------------------------------------------------------------------------------------
+
+
+def head(u: Tensor, scale: float, softcap: float | None) -> Tensor:
+    return scale * u if softcap is None else softcap * torch.tanh(scale * u / softcap)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize(("m", "V"), [(3, 41), (2, 20_001), (1, 1)], ids=lambda n: str(n))
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("with_pairs", [False, True], ids=["plain", "pairs"])
+def test_cross_entropy_kernel(m: int, V: int, dtype: torch.dtype, softcap: float | None, with_pairs: bool) -> None:
+    z = randn(m, V, scale=3.0).to(dtype)
+    labels, coefficient = torch.arange(m, device=DEVICE) * 7 % V, randn(m, seed=1).float()
+    pairs = PairGradient(randn(m, V, seed=2).float(), randn(m, seed=3).float()) if with_pairs else None
+    u = z.double().requires_grad_()
+    final = head(u, 1.3, softcap)
+    exact = F.cross_entropy(final, labels, reduction="none")
+    (wanted,) = torch.autograd.grad((exact * coefficient).sum(), u, retain_graph=True)
+    if pairs is not None:
+        d_pairs = 0.5 * torch.softmax(final, -1) * (pairs.sum - pairs.mean.unsqueeze(-1))
+        wanted = wanted + torch.autograd.grad(final, u, d_pairs)[0]
+    loss = torch.empty(m, device=DEVICE)
+    arguments: dict[str, Any] = {"logit_scale": 1.3, "logit_softcap": softcap, "pairs": pairs}
+    before = z.clone()
+    cross_entropy_(z, labels, coefficient, loss, **arguments, needs_gradient=False)
+    assert torch.equal(z, before), "a forward-only row was written to"
+    close("loss", loss, exact.detach(), torch.float32)
+    cross_entropy_(z, labels, coefficient, loss, **arguments, needs_gradient=True)
+    close("loss", loss, exact.detach(), torch.float32)
+    close("gradient", z, wanted, dtype)
+
+
+def test_cross_entropy_kernel_marks_an_invalid_label() -> None:
+    z, loss = randn(3, 10).float(), torch.empty(3, device=DEVICE)
+    labels = torch.tensor([-5, 10, 9], device=DEVICE)
+    cross_entropy_(
+        z, labels, torch.ones_like(loss), loss, logit_scale=1.0, logit_softcap=None, pairs=None, needs_gradient=True
+    )
+    assert loss.isnan().tolist() == [True, True, False] and z[2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(("V", "V_shared"), [(41, 41), (41, 33), (9000, 8997)], ids=["whole", "cut", "tiles"])
+def test_dense_kl_kernel(divergence: str, temperature: float, V: int, V_shared: int, dtype: torch.dtype) -> None:
+    m = 3 if V < 100 else 1
+    z, t = randn(5, V, scale=2.0).to(dtype), randn(4, V_shared + 2, seed=1, scale=2.0).to(dtype)
+    if divergence != "reverse":
+        t[:, 3] = -math.inf
+    rows, teacher_rows = torch.tensor([4, 0, 2], device=DEVICE)[:m], torch.tensor([1, 3, 0], device=DEVICE)[:m]
+    labels = torch.tensor([40, 0, 17], device=DEVICE)[:m]
+    coefficient, kl_coefficient = randn(m, seed=2).float(), randn(m, seed=3).float()
+    options = KLOptions(divergence, 0.3, temperature)
+    u = z[rows].double().requires_grad_()
+    final = head(u, 0.9, 5.0)
+    teacher = TeacherLogits(t[teacher_rows].double(), vocab_size=V_shared)
+    kl = torch.stack(
+        [
+            reference_kl(
+                final[n : n + 1],
+                TeacherLogits(teacher.logits[n : n + 1], vocab_size=V_shared),
+                divergence=divergence,
+                beta=0.3,
+                temperature=temperature,
+            )[0]
+            for n in range(m)
+        ]
+    )
+    cross_entropy = F.cross_entropy(final, labels, reduction="none")
+    wanted = torch.autograd.grad((kl * kl_coefficient).sum() + (cross_entropy * coefficient).sum(), u)[0]
+    loss, kl_loss, untouched = torch.empty(m, device=DEVICE), torch.empty(m, device=DEVICE), z.clone()
+    dense_kl_(
+        z,
+        rows,
+        t,
+        teacher_rows,
+        labels,
+        coefficient,
+        kl_coefficient,
+        loss,
+        kl_loss,
+        options,
+        V_shared=V_shared,
+        logit_scale=0.9,
+        logit_softcap=5.0,
+        needs_gradient=True,
+    )
+    close("cross_entropy", loss, cross_entropy.detach(), torch.float32)
+    close("kl", kl_loss, kl.detach(), torch.float32)
+    close("gradient", z[rows], wanted, dtype)
+    others = [n for n in range(5) if n not in rows.tolist()]
+    assert torch.equal(z[others], untouched[others])
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_topk_kernels(divergence: str, tail: str) -> None:
+    z = randn(3, 41, scale=2.0).float()
+    log_probs, ids = torch.log_softmax(randn(3, 41, seed=1, scale=2.0), -1).topk(5)
+    log_probs[1, 3:], ids[1, 3:] = -math.inf, -7
+    labels = torch.stack([ids[0, 2], ids[1, 0], torch.tensor(40, device=DEVICE)])  # listed, listed, not listed
+    coefficient, kl_coefficient, options = randn(3, seed=2).float(), randn(3, seed=3).float(), KLOptions(divergence)
+    u = z.double().requires_grad_()
+    final = head(u, -1.1, 4.0)
+    cross_entropy = F.cross_entropy(final, labels, reduction="none")
+    kl, d_kl = topk_divergence(final.detach(), ids, log_probs, tail, options, True)
+    assert d_kl is not None
+    d_final = d_kl * kl_coefficient.unsqueeze(-1)
+    (wanted,) = torch.autograd.grad(
+        [(cross_entropy * coefficient).sum(), final], u, [torch.ones((), device=DEVICE), d_final]
+    )
+    loss, kl_loss = torch.empty(3, device=DEVICE), torch.empty(3, device=DEVICE)
+    topk_kl_(
+        z,
+        ids,
+        log_probs.float(),
+        tail,
+        labels,
+        coefficient,
+        kl_coefficient,
+        loss,
+        kl_loss,
+        options,
+        logit_scale=-1.1,
+        logit_softcap=4.0,
+        needs_gradient=True,
+    )
+    close("cross_entropy", loss, cross_entropy.detach(), torch.float32)
+    close("kl", kl_loss, kl, torch.float32)
+    close("gradient", z, wanted, torch.float32)
+
+
+@pytest.mark.parametrize(("K", "V"), [(2, 300), (3, 70), (8, 70), (7, 129)], ids=lambda n: str(n))
+def test_pairs_kernel(K: int, V: int) -> None:
+    """Two positions, one with an absent rationale; several tiles of V."""
+    filled = {2: 2, 3: 4, 8: 8, 7: 8}[K]
+    present = [list(range(K)), [k for k in range(K) if k != 1]]
+    z = randn(2 * K - 1, V, scale=2.0).float()
+    table = torch.full((2, filled), -1, device=DEVICE)
+    table[0, :K] = torch.arange(K, device=DEVICE)
+    table[1, present[1]] = torch.arange(K, 2 * K - 1, device=DEVICE)
+    entries = torch.tensor([k for k in present[0]] + [filled + k for k in present[1]], device=DEVICE)
+    weights = randn(1, filled, filled, seed=1).float().abs()
+    weights = weights + weights.mT
+    questions = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    jsd, pairs = pairwise_jsd(
+        z, table, entries, questions, weights, logit_scale=1.2, logit_softcap=None, needs_gradient=True
+    )
+    assert pairs is not None
+    given = 0.5 * torch.softmax(1.2 * z.double(), -1) * (pairs.sum - pairs.mean.unsqueeze(-1))
+    for position, (rows, members) in enumerate(zip((z[:K], z[K:]), present, strict=True)):
+        log_probs = torch.log_softmax(1.2 * rows.double(), -1)
+        exact, wanted = pairwise_jsd_and_gradient(log_probs, weights[0][members][:, members].double())
+        assert wanted is not None
+        if len(members) > 1:
+            close("jsd", jsd[position][members][:, members], exact.triu(1), torch.float32)
+            close("gradient", given[:K] if position == 0 else given[K:], wanted, torch.float32)
+        assert not jsd[position].tril().any(), "only i < j is written"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize(("shape", "S"), [((2, 3, 41), 4), ((1, 2, 20_001), 1)], ids=["ragged", "tiles"])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("selected", [False, True], ids=["all", "selected"])
+def test_log_softmax(shape: tuple[int, ...], S: int, dtype: torch.dtype, temperature: float, selected: bool) -> None:
+    logits = randn(*shape, scale=3.0).to(dtype)
+    ids = (torch.arange(shape[0] * shape[1] * S, device=DEVICE) * 13 % shape[2]).view(*shape[:2], S)
+    token_ids = ids if selected else None
+    upstream = randn(*shape[:2], S if selected else shape[2], seed=1)
+
+    def run(function: Any, z: Tensor, **more: Any) -> dict[str, Tensor]:
+        z = z.clone().requires_grad_()
+        log_probs = function(z, temperature=temperature, token_ids=token_ids, **more)
+        (gradient,) = torch.autograd.grad((log_probs * upstream.to(z.dtype)).sum(), z)
+        return {"log_probs": log_probs.detach(), "grad_logits": gradient}
+
+    exact, plain = run(reference_log_softmax, logits.double()), run(reference_log_softmax, logits)
+    given = run(multi_rationale_log_softmax, logits, backend="triton")
+    assert given["log_probs"].dtype == given["grad_logits"].dtype == dtype
+    for name in exact:
+        assert_as_good_as_plain(name, given[name], plain[name], exact[name], factor=1.5, floor=FLOOR[dtype])
+
+
+# --- public functions --------------------------------------------------------------------------------------------
+
+
+def cast_teacher(teacher: Teacher, dtype: torch.dtype) -> Teacher:
+    if isinstance(teacher, TeacherHidden):
+        assert teacher.lm_head_bias is not None
+        tensors = (teacher.hidden_states, teacher.lm_head_weight, teacher.lm_head_bias)
+        return TeacherHidden(*(tensor.to(dtype) for tensor in tensors), teacher.logit_scale, teacher.logit_softcap)
+    if isinstance(teacher, TeacherLogits):
+        return TeacherLogits(teacher.logits.to(dtype))
+    return TeacherTopK(teacher.token_ids, teacher.logprobs.to(dtype), tail=teacher.tail)
+
+
+def compare(call: Any, fused: Any, reference: Any, shape: str, names: tuple[str, ...], dtype: torch.dtype) -> None:
+    """call(function, case, **more) for the fp64 reference, for the reference in dtype and for the kernels."""
+    rounded = random_case(*SHAPES[shape], dtype=dtype, device=DEVICE)
+
+    def run(function: Any, of: torch.dtype, **more: Any) -> dict[str, Tensor]:
+        case = rounded.to(of)
+        if of == torch.float64:
+            case.rationale_weights = case.rationale_weights.detach().double().requires_grad_()
+        outputs = call(function, case, **more)
+        leaves = case.leaves()
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        gradients = torch.autograd.grad(outputs[0], list(leaves.values()), allow_unused=True, materialize_grads=True)
+        found = dict(zip(names, (output.detach() for output in outputs), strict=True))
+        return found | {f"grad_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+
+    exact, plain, given = run(reference, torch.float64), run(reference, dtype), run(fused, dtype, backend="triton")
+    for name in exact:
+        assert_as_good_as_plain(name, given[name], plain[name], exact[name], factor=1.5, floor=FLOOR[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_cross_entropy(shape: str, dtype: torch.dtype) -> None:
+    def call(function: Any, case: MindCase, **more: Any) -> Any:
+        return function(
+            case.hidden_states,
+            case.lm_head_weight,
+            case.shift_labels,
+            rationale_weights=case.rationale_weights,
+            lm_head_bias=case.lm_head_bias,
+            logit_scale=1.3,
+            logit_softcap=5.0,
+            **more,
+        )
+
+    names = ("loss", "rationale_losses")
+    compare(call, fused_linear_cross_entropy, reference_linear_cross_entropy, shape, names, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_linear_kl(kind: str, divergence: str, dtype: torch.dtype) -> None:
+    shape = "ragged-B2-K3-T4-H13-V41"
+
+    def call(function: Any, case: MindCase, **more: Any) -> Any:
+        return function(
+            case.hidden_states,
+            case.lm_head_weight,
+            cast_teacher(
+                random_teacher(kind, random_case(*SHAPES[shape], dtype=dtype, device=DEVICE)), case.hidden_states.dtype
+            ),
+            case.shift_labels,
+            rationale_weights=case.rationale_weights,
+            divergence=divergence,
+            beta=0.3,
+            temperature=1.0 if kind == "topk" else 2.0,
+            lm_head_bias=case.lm_head_bias,
+            logit_softcap=6.0,
+            **more,
+        )
+
+    compare(call, fused_linear_kl, reference_linear_kl, shape, ("loss", "rationale_losses"), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_ta_weighted_kl(kind: str, dtype: torch.dtype) -> None:
+    shape = "ragged-B2-K3-T4-H13-V41"
+
+    def call(function: Any, case: MindCase, **more: Any) -> Any:
+        # The case's hidden states stand for logits; the head only keeps the leaves in the graph.
+        teacher = cast_teacher(
+            random_teacher(kind, random_case(*SHAPES[shape], dtype=dtype, device=DEVICE)), case.hidden_states.dtype
+        )
+        logits = torch.cat([case.hidden_states] * 4, -1)[..., :41]
+        loss, losses = function(logits, teacher, case.rationale_weights, shift_labels=case.shift_labels, **more)
+        return loss + 0 * case.lm_head_weight.sum() + 0 * case.lm_head_bias.sum(), losses
+
+    compare(call, ta_weighted_kl, reference_kl, shape, ("loss", "rationale_losses"), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_answer_consistency(dtype: torch.dtype) -> None:
+    def call(function: Any, case: MindCase, **more: Any) -> Any:
+        return function(
+            case.hidden_states,
+            case.lm_head_weight,
+            case.answer_index,
+            case.rationale_weights,
+            lm_head_bias=case.lm_head_bias,
+            logit_scale=2.0,
+            num_questions=5,
+            **more,
+        )
+
+    shape = "ragged-B2-K3-T4-H13-V41"
+    compare(call, answer_consistency, reference_answer_consistency, shape, ("loss",), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("kind", [None, *TEACHERS])
+@pytest.mark.parametrize("chunks", ["one-chunk", "many-chunks"])
+def test_mind_loss(kind: str | None, dtype: torch.dtype, chunks: str) -> None:
+    shape = "ragged-B2-K3-T4-H13-V41"
+    _, K, _, _, V, _ = SHAPES[shape]
+
+    def call(function: Any, case: MindCase, **more: Any) -> Any:
+        teacher = None
+        if kind is not None:
+            made_in = random_case(*SHAPES[shape], dtype=dtype, device=DEVICE)
+            teacher = cast_teacher(random_teacher(kind, made_in), case.hidden_states.dtype)
+        if more and chunks == "many-chunks":
+            more["max_logits_bytes"] = K * V * dtype.itemsize * (2 if kind == "hidden" else 1)
+        return tuple(
+            function(
+                case.hidden_states,
+                case.lm_head_weight,
+                case.shift_labels,
+                rationale_weights=case.rationale_weights,
+                answer_index=case.answer_index,
+                teacher=teacher,
+                lm_head_bias=case.lm_head_bias,
+                logit_scale=0.8,
+                logit_softcap=5.0,
+                consistency_weight=0.7,
+                kl_weight=0.0 if teacher is None else 0.4,
+                divergence="jsd",
+                beta=0.4,
+                num_questions=3,
+                **more,
+            )
+        )
+
+    names = ("loss", "cross_entropy", "consistency", "kl", "rationale_losses")
+    compare(call, mind_loss, reference_mind_loss, shape, names, dtype)
+
+
+# --- behaviour ---------------------------------------------------------------------------------------------------
+
+
+def test_confident_student_keeps_the_digits_of_its_loss_and_gradient() -> None:
+    hidden = torch.tensor([[14.0, 0.0]], dtype=torch.float32, device=DEVICE, requires_grad=True)
+    weight = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]], device=DEVICE, requires_grad=True)
+    loss, _ = fused_linear_cross_entropy(hidden, weight, torch.tensor([0], device=DEVICE), backend="triton")
+    loss.backward()
+    others = 2 * math.exp(-14)
+    assert abs(float(loss.detach()) / math.log1p(others) - 1) < 1e-6
+    assert abs(float(hidden.grad[0, 0]) / (-others / (1 + others)) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_divergences_are_finite_at_logits_of_80(divergence: str) -> None:
+    student = torch.tensor([[80.0, -80.0, 0.0, 80.0]], device=DEVICE, requires_grad=True)
+    teacher = TeacherLogits(torch.tensor([[-80.0, 80.0, 0.0, -80.0]], device=DEVICE))
+    loss, _ = ta_weighted_kl(student, teacher, divergence=divergence, backend="triton")
+    loss.backward()
+    wanted = {"forward": 160 + math.log(2), "reverse": 160 - math.log(2), "jsd": math.log(2)}[divergence]
+    assert abs(float(loss.detach()) - wanted) < 1e-3 and student.grad.isfinite().all()
+
+
+def test_topk_tail_keeps_its_digits_when_the_student_is_sure() -> None:
+    z = torch.tensor([[20.0, 0.0, 0.0]], device=DEVICE, requires_grad=True)
+    teacher = TeacherTopK(torch.tensor([[0]], device=DEVICE), torch.tensor([[math.log(0.9)]], device=DEVICE))
+    loss, _ = ta_weighted_kl(z, teacher, backend="triton")
+    loss.backward()
+    tail = 2 * math.exp(-20) / (1 + 2 * math.exp(-20))
+    wanted = 0.9 * (math.log(0.9) - math.log1p(-tail)) + 0.1 * (math.log(0.1) - math.log(tail))
+    assert abs(float(loss.detach()) - wanted) < 1e-6
+    torch.testing.assert_close(z.grad.cpu(), torch.tensor([[0.1 - tail, -0.05 + tail / 2, -0.05 + tail / 2]]))
+
+
+def test_excluded_teacher_token_makes_reverse_infinite() -> None:
+    z, t = randn(1, 5).float(), randn(1, 5, seed=1).float()
+    t[0, 1] = -math.inf
+    with torch.no_grad():
+        assert ta_weighted_kl(z, TeacherLogits(t), divergence="reverse", backend="triton")[0] == math.inf
+
+
+def test_the_same_from_run_to_run_without_grad_and_at_a_second_backward() -> None:
+    case = random_case(2, 3, 4, 13, 41, 2, device=DEVICE).to(torch.float32)
+    teacher = random_teacher("logits", random_case(2, 3, 4, 13, 41, 2, dtype=torch.float32, device=DEVICE))
+    leaves = list(case.leaves().values())
+
+    def loss() -> Tensor:
+        return mind_loss(
+            case.hidden_states,
+            case.lm_head_weight,
+            case.shift_labels,
+            rationale_weights=case.rationale_weights,
+            answer_index=case.answer_index,
+            teacher=teacher,
+            lm_head_bias=case.lm_head_bias,
+            kl_weight=0.3,
+            backend="triton",
+        ).loss
+
+    first = loss()
+    gradients = torch.autograd.grad(first, leaves, retain_graph=True)
+    again = torch.autograd.grad(first, leaves)
+    other = torch.autograd.grad(loss(), leaves)
+    for a, b, c in zip(gradients, again, other, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    with torch.no_grad():
+        assert torch.equal(loss(), first.detach())
+
+
+# --- choice of backend -------------------------------------------------------------------------------------------
+
+
+def test_fp64_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"backend: given 'triton' with torch.float64, wanted bfloat16, float16"):
+        multi_rationale_log_softmax(torch.zeros(2, 3, dtype=torch.float64), backend="triton")
+
+
+def test_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"backend: given 'triton' with a tensor on cpu, wanted one on a GPU"):
+        fused_linear_cross_entropy(torch.zeros(1, 2), torch.zeros(3, 2), torch.tensor([0]), backend="triton")
+
+
+def test_missing_triton_is_an_error_only_when_asked_for() -> None:
+    code = (
+        "import sys, torch; sys.modules['triton'] = None\n"
+        "from mind_kernels import multi_rationale_log_softmax as f\n"
+        "f(torch.zeros(2, 3)); f(torch.zeros(2, 3), backend='triton')"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "ValueError: backend: given 'triton' where the package triton is not installed" in done.stderr
+
+
+def test_more_rationales_than_the_pair_kernel_holds() -> None:
+    hidden, head_weight = randn(9, 3).float(), randn(5, 3, seed=1).float()
+    index, alpha = torch.arange(9, device=DEVICE).view(1, 9, 1), torch.full((1, 9), 1 / 9, device=DEVICE)
+    with pytest.raises(ValueError, match=r"answer_index: given K = 9 rationales with backend 'triton', wanted at most"):
+        answer_consistency(hidden, head_weight, index, alpha, backend="triton")
+
+
+def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu() -> None:
+    from mind_kernels.arguments import choose_backend
+
+    assert importlib.util.find_spec("triton") is not None
+    assert choose_backend("auto", torch.zeros(1)) == "torch"
+    assert choose_backend("auto", torch.zeros(1, device=DEVICE)) == ("triton" if DEVICE == "cuda" else "torch")
