@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 
 import pytest
@@ -407,6 +408,7 @@ def test_distributed_data_parallel(tmp_path, attach_first: bool) -> None:
     attach_mind_loss(wanted_model)
     wanted = gradients(wanted_model(**mind_inputs()).loss, wanted_model)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    wrapped = None
     try:
         if attach_first:
             attach_mind_loss(model)
@@ -415,6 +417,10 @@ def test_distributed_data_parallel(tmp_path, attach_first: bool) -> None:
             attach_mind_loss(wrapped)
         assert_gradients_close(gradients(wrapped(**mind_inputs()).loss, model), wanted, 1e-12)
     finally:
+        # Its reducer must not be the last owner of the process group: it would join the group's threads with the
+        # interpreter's lock in its hand, which they may be waiting for.
+        wrapped = None
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 

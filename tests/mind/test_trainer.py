@@ -370,7 +370,7 @@ trainer.train()
 if trainer.is_world_process_zero():
     state = (trainer.model.state_dict(), trainer.assistant.state_dict(), trainer.state.log_history)
     torch.save(state, sys.argv[1] + "/state.pt")
-torch.distributed.destroy_process_group()
+os._exit(0)  # the group's destructor, run by the reducer under the interpreter's lock, can wait for itself
 """
 
 
