@@ -54,7 +54,7 @@ POINTERS = {
     torch.int64: "*i64",
     torch.int32: "*i32",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 class Launch(NamedTuple):
@@ -132,7 +132,7 @@ def shipped(V: int, dtype: torch.dtype, quick: bool) -> list[Launch]:
     ]:
         with recording(name, launches):
             cross_entropy_(
-                z, rows, ones, losses, logit_scale=1.0, logit_softcap=softcap, pairs=pair, needs_gradient=gradient
+                z, z, rows, ones, losses, logit_scale=1.0, logit_softcap=softcap, pairs=pair, needs_gradient=gradient
             )
     for divergence in ("forward",) if quick else ("forward", "reverse", "jsd"):
         for temperature, softcap, pair in [(1.0, None, None), (2.0, 30.0, pairs)]:
@@ -142,14 +142,14 @@ def shipped(V: int, dtype: torch.dtype, quick: bool) -> list[Launch]:
                 name += "" if coefficient is None else ", + cross-entropy"
                 with recording(name, launches):
                     dense_kl_(
-                        z, rows, z, rows, rows, coefficient, ones, losses, losses,
+                        z, rows, z, z, rows, rows, coefficient, ones, losses, losses,
                         KLOptions(divergence, 0.5, temperature), V_shared=V,
                         logit_softcap=softcap, teacher_softcap=softcap,
                         pairs=pair if coefficient is not None else None, needs_gradient=True,
                     )  # fmt: skip
     with recording("top-k", launches):
         topk_kl_(
-            z.clone(), torch.zeros(2, 8, dtype=torch.int64), torch.full((2, 8), -3.0), "bucket", rows, ones, ones,
+            z.clone(), z, torch.zeros(2, 8, dtype=torch.int64), torch.full((2, 8), -3.0), "bucket", rows, ones, ones,
             losses, losses, KLOptions(), pairs=pairs, needs_gradient=True,
         )  # fmt: skip
     for K in (8,) if quick else (2, 4, 8):
@@ -168,7 +168,8 @@ def shipped(V: int, dtype: torch.dtype, quick: bool) -> list[Launch]:
 def compile_for(launch: Launch, target: GPUTarget) -> Any:
     attributes = {(position,): [["tt.divisibility", 16]] for position in launch.divisible}
     source = ASTSource(launch.kernel, launch.signature, launch.constants, attributes)
-    return triton.compile(source, target=target, options=launch.options)
+    options = {name: value for name, value in launch.options.items() if name != "maxnreg" or target.backend == "cuda"}
+    return triton.compile(source, target=target, options=options)
 
 
 def nvidia_resources(cubin: bytes) -> Resources:

@@ -5,18 +5,42 @@ Errors name the argument, what was given and what is wanted.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 import math
 import os
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "torch", "triton")
+MAX_PERSPECTIVES = 8  # that the Triton kernel of the pairs compares: 16 rows and their sums spill
 DIVERGENCES = ("forward", "reverse", "jsd")
 REDUCTIONS = ("mean", "sum")
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def can_look(tensor: Tensor) -> bool:
+    """Whether its values can be read without waiting for a device and without breaking a compiled graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def is_autocast_on(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, enabled=False) if is_autocast_on(device) else nullcontext()
+
+
+def product_dtype(hidden_states: Tensor) -> torch.dtype:
+    """The dtype of the products with the head: autocast's where it is on."""
+    if is_autocast_on(hidden_states.device) and hidden_states.dtype != torch.float64:
+        return torch.get_autocast_dtype(hidden_states.device.type)
+    return hidden_states.dtype
 
 
 def require(condition: bool, message: str) -> None:
@@ -88,7 +112,7 @@ def check_head(
         f"lm_head_weight: given shape {tuple(lm_head_weight.shape)}, wanted (V, {H}) to match hidden_states",
     )
     check_device("lm_head_weight", lm_head_weight, hidden_states.device)
-    autocast = torch.is_autocast_enabled(hidden_states.device.type)
+    autocast = is_autocast_on(hidden_states.device)
     if not autocast and lm_head_weight.dtype != hidden_states.dtype:
         raise TypeError(
             f"lm_head_weight: given {lm_head_weight.dtype}, wanted {hidden_states.dtype} as hidden_states "
@@ -110,8 +134,24 @@ def check_head(
     )
 
 
-def choose_backend(backend: str, tensor: Tensor) -> str:
-    """ "torch" or "triton". "auto" is triton on a GPU where the package is there and the tensor is not fp64."""
+def choose_backend(backend: str, tensor: Tensor, num_perspectives: int = 1) -> str:
+    """ "torch" or "triton"; each choice of "auto" is logged once.
+
+    "auto" is triton on a GPU where the package is there, unless the tensor is fp64 or more rationales are compared with
+    each other than a program holds.
+    """
+    chosen = _choose_backend(backend, tensor, num_perspectives)
+    if backend == "auto" and not torch.compiler.is_compiling():
+        _log_choice(chosen, str(tensor.device), tensor.dtype)
+    return chosen
+
+
+@functools.cache
+def _log_choice(chosen: str, device: str, dtype: torch.dtype) -> None:
+    logging.getLogger("mind_kernels").info("backend %r for %s on %s", chosen, dtype, device)
+
+
+def _choose_backend(backend: str, tensor: Tensor, num_perspectives: int) -> str:
     check_choice("backend", backend, BACKENDS)
     if backend == "torch":
         return backend
@@ -119,12 +159,18 @@ def choose_backend(backend: str, tensor: Tensor) -> str:
     on_gpu = tensor.device.type == "cuda"  # HIP devices are called so too
     is_narrow = tensor.dtype != torch.float64
     if backend == "auto":
-        return "triton" if has_triton and on_gpu and is_narrow else "torch"
+        fits = num_perspectives <= MAX_PERSPECTIVES
+        return "triton" if has_triton and on_gpu and is_narrow and fits else "torch"
     require(has_triton, "backend: given 'triton' where the package triton is not installed, wanted 'auto' or 'torch'")
     require(is_narrow, "backend: given 'triton' with torch.float64, wanted bfloat16, float16 or float32 (or 'torch')")
     require(
         on_gpu or os.environ.get("TRITON_INTERPRET") == "1",
         f"backend: given 'triton' with a tensor on {tensor.device}, wanted one on a GPU (or TRITON_INTERPRET=1)",
+    )
+    require(
+        num_perspectives <= MAX_PERSPECTIVES,
+        f"answer_index: given K = {num_perspectives} rationales with backend 'triton', wanted at most "
+        f"{MAX_PERSPECTIVES} (backend 'auto' or 'torch' has no limit)",
     )
     return backend
 
@@ -137,7 +183,7 @@ def check_labels(shift_labels: Tensor, rows_shape: torch.Size, V: int, ignore_in
     )
     check_device("shift_labels", shift_labels, device)
     # On a GPU looking at a label would wait for the device: there an invalid label makes the loss NaN.
-    if shift_labels.device.type == "cpu":
+    if can_look(shift_labels):
         wrong = (shift_labels != ignore_index) & ((shift_labels < 0) | (shift_labels >= V))
         if bool(wrong.any()):
             row = int(wrong.flatten().nonzero()[0])
@@ -163,7 +209,7 @@ def check_teacher(teacher: object, rows_shape: torch.Size, V: int, device: torch
             f"temperature: given {temperature} with tail='bucket', wanted 1 (log-probabilities at temperature 1 "
             "say nothing of the tail at another) or tail='renormalize'",
         )
-        if device.type == "cpu":
+        if can_look(teacher.logprobs):
             padded = torch.isneginf(teacher.logprobs)
             wrong = ~padded & ((teacher.token_ids < 0) | (teacher.token_ids >= V))
             if bool(wrong.any()):
@@ -226,7 +272,7 @@ def resolve_rationales(
     )
     N, R = rows_shape[0], cu_seqlens.numel() - 1
     lengths = cu_seqlens.diff().long()
-    if device.type == "cpu":
+    if can_look(cu_seqlens):
         require(
             int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == N and bool((lengths >= 0).all()),
             f"cu_seqlens: given {cu_seqlens[:4].tolist()}…{int(cu_seqlens[-1])}, wanted to rise from 0 to N = {N}",
@@ -257,13 +303,14 @@ def check_question_weights(rationale_weights: Tensor) -> None:
 
 def check_answer_index(answer_index: Tensor, rationale_weights: Tensor, N: int) -> None:
     check_integer("answer_index", answer_index)
-    check_device("answer_index", answer_index, rationale_weights.device)
+    if answer_index.device.type != "cpu":  # where the host can read it, nothing waits for the device
+        check_device("answer_index", answer_index, rationale_weights.device)
     require(
         answer_index.ndim == 3 and answer_index.shape[:2] == rationale_weights.shape,
         f"answer_index: given shape {tuple(answer_index.shape)}, "
         f"wanted (B, K, A) with (B, K) = {tuple(rationale_weights.shape)} as rationale_weights",
     )
-    if answer_index.device.type == "cpu":
+    if can_look(answer_index):
         present = answer_index[answer_index != -1]
         if bool(((present < 0) | (present >= N)).any()):
             wrong = present[(present < 0) | (present >= N)]
@@ -275,7 +322,36 @@ def check_answer_index(answer_index: Tensor, rationale_weights: Tensor, N: int) 
             )
 
 
-def resolve_num_questions(num_questions: int | Tensor | None, B: int) -> float:
+def check_supervised_index(supervised_index: Tensor | None, shift_labels: Tensor, ignore_index: int) -> None:
+    if supervised_index is None:
+        return
+    check_integer("supervised_index", supervised_index)
+    require(
+        supervised_index.ndim == 1 and supervised_index.device.type == "cpu",
+        f"supervised_index: given shape {tuple(supervised_index.shape)} on {supervised_index.device}, "
+        "wanted (n,) on the cpu: it is there so that the host knows",
+    )
+    if can_look(shift_labels):
+        wanted = (shift_labels.flatten() != ignore_index).nonzero().squeeze(1)
+        given = supervised_index.sort().values
+        if not torch.equal(given, wanted.to(given.dtype)):
+            raise ValueError(
+                f"supervised_index: given {given.numel()} rows, wanted the {wanted.numel()} rows of shift_labels that "
+                f"are not {ignore_index}, each once"
+            )
+
+
+def check_logits_dtype(logits_dtype: torch.dtype | None, hidden_states: Tensor) -> None:
+    products = product_dtype(hidden_states)
+    wanted = [products] if products in (torch.float32, torch.float64) else [products, torch.float32]
+    require(
+        logits_dtype is None or logits_dtype in wanted,
+        f"logits_dtype: given {logits_dtype}, wanted None or {' or '.join(map(str, wanted))} "
+        f"for products in {products}",
+    )
+
+
+def resolve_num_questions(num_questions: int | Tensor | None, B: int) -> float | Tensor:
     if num_questions is None:
         return float(max(B, 1))
     if isinstance(num_questions, Tensor):
@@ -283,6 +359,8 @@ def resolve_num_questions(num_questions: int | Tensor | None, B: int) -> float:
             num_questions.ndim == 0,
             f"num_questions: given shape {tuple(num_questions.shape)}, wanted an int or a 0-d tensor",
         )
+        if not can_look(num_questions):
+            return num_questions
     value = float(num_questions)
     require(value > 0 and math.isfinite(value), f"num_questions: given {value}, wanted a number above 0")
     return value

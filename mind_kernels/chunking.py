@@ -14,10 +14,18 @@ DEFAULT_MAX_LOGITS_BYTES = 512 * 2**20
 BLOCK_ELEMENTS = 2**19
 
 
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A copy that nothing waits for: from pinned memory, in the order of the device's own work."""
+    if device.type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)
+
+
 class Rows(NamedTuple):
     """Rows in the order of processing: answer groups first, other rows with a gradient, then forward-only rows."""
 
     order: Tensor  # (n,) int64: flat row of hidden_states
+    is_supervised: Tensor  # (n,) bool
     group_offsets: list[int]  # groups are order[offsets[g]:offsets[g + 1]]; [0] when there is none
     num_with_gradient: int  # order[:num_with_gradient] need a backward
 
@@ -31,23 +39,31 @@ class Chunk(NamedTuple):
 def order_rows(
     is_supervised: Tensor,  # (N,) bool
     has_gradient: Tensor,  # (N,) bool: supervised with a coefficient other than 0
-    groups: Sequence[Tensor],  # rows of one answer position each
+    groups: Sequence[Tensor],  # rows of one answer position each, on the host
     groups_have_gradient: bool,
+    device: torch.device,  # of the result
 ) -> Rows:
-    """Compaction: rows that are neither supervised nor part of an answer group never reach the head."""
+    """Compaction: rows that are neither supervised nor part of an answer group never reach the head.
+
+    How many rows there are decides the launches, so the host must know it: with the two (N,) tensors on the host
+    nothing waits for the device.
+    """
     sizes = [len(rows) for rows in groups]
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + size)
     grouped = torch.cat(list(groups)) if groups else torch.empty(0, dtype=torch.int64)
-    grouped = grouped.to(is_supervised.device)
+    grouped = to_device(grouped, is_supervised.device)
     rest = is_supervised.clone()
     rest[grouped] = False
     active = (rest & has_gradient).nonzero().squeeze(1)
     passive = (rest & ~has_gradient).nonzero().squeeze(1)
     order = torch.cat([grouped, active, passive])
     with_gradient = len(active) + (len(grouped) if groups_have_gradient or len(active) else 0)
-    return Rows(order, offsets, with_gradient)
+    is_supervised = is_supervised[order]
+    if order.device != device:
+        order, is_supervised = to_device(order, device), to_device(is_supervised, device)
+    return Rows(order, is_supervised, offsets, with_gradient)
 
 
 def plan_chunks(rows: Rows, bytes_per_row: int, max_logits_bytes: int | None) -> list[Chunk]:

@@ -12,6 +12,9 @@ Since the loss is linear in the coefficients and they are known beforehand, grad
 hand: each row's logits are computed once. Three products of 2·S·H·V FLOP each (two when the head is frozen), plus one
 for a TeacherHidden; peak extra memory: the gradients + max_logits_bytes (+ 4·V·H bytes of fp32 accumulator when a
 16-bit weight gradient takes more than one chunk).
+
+The host waits for the device only to learn how many rows there are, and not at all when it is told (supervised_index,
+and answer_index on the host).
 """
 
 from __future__ import annotations
@@ -22,10 +25,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mind_kernels.arguments import product_dtype, without_autocast
 from mind_kernels.chunking import Chunk, plan_chunks
 from mind_kernels.plan import RowLosses, SweepOptions, make_plan
 from mind_kernels.reduction import statistics_dtype
-from mind_kernels.teacher_rows import TeacherRows, project
+from mind_kernels.teacher_rows import TILE, TeacherRows, has_wide_products, project
 from mind_kernels.teachers import TeacherHidden
 from mind_kernels.torch_rows import TorchRows
 
@@ -37,31 +41,34 @@ class SweepResult(NamedTuple):
     grad_hidden_states: Tensor | None  # all gradients are of loss / gradient_scale
     grad_lm_head_weight: Tensor | None
     grad_lm_head_bias: Tensor | None
-    gradient_scale: float
+    gradient_scale: float | Tensor
 
 
 class _WeightGradient:
     """dW += Gᵀ X over the chunks, in fp32 (fp64 for fp64), with one downcast at the end.
 
-    One chunk is one product and needs no accumulator: its inner sum is already fp32. A CPU has no 16-bit product with
-    an fp32 result, so there each chunk's partial is rounded once before it is added.
+    One chunk is one product and needs no accumulator: its inner sum is already fp32. Where there is no 16-bit product
+    with an fp32 result (has_wide_products), each chunk's partial is rounded once before it is added.
     """
-
-    TILE = 8192  # vocabulary rows of a 16-bit partial held at a time
 
     def __init__(self, V: int, H: int, compute_dtype: torch.dtype, device: torch.device, single_chunk: bool):
         direct = single_chunk or compute_dtype in (torch.float32, torch.float64)
         self.total = torch.empty(V, H, dtype=compute_dtype if direct else torch.float32, device=device)
-        self.tile = None if direct else torch.empty(min(self.TILE, V), H, dtype=compute_dtype, device=device)
+        self.is_wide = not direct and has_wide_products(device)
+        in_tiles = not direct and not self.is_wide
+        self.tile = torch.empty(min(TILE, V), H, dtype=compute_dtype, device=device) if in_tiles else None
         self.empty = True
 
     def add(self, G: Tensor, X: Tensor) -> None:  # (V, m) @ (m, H) -> (V, H)
-        if self.tile is None:
-            torch.addmm(self.total, G.t(), X, beta=0.0 if self.empty else 1.0, out=self.total)
+        beta = 0.0 if self.empty else 1.0
+        if self.is_wide:
+            torch.addmm(self.total, G.t(), X, out_dtype=torch.float32, beta=beta, out=self.total)
+        elif self.tile is None:
+            torch.addmm(self.total, G.t(), X, beta=beta, out=self.total)
         else:
-            for v in range(0, len(self.total), self.TILE):
-                total = self.total[v : v + self.TILE]
-                partial = torch.mm(G[:, v : v + self.TILE].t(), X, out=self.tile[: len(total)])
+            for v in range(0, len(self.total), TILE):
+                total = self.total[v : v + TILE]
+                partial = torch.mm(G[:, v : v + TILE].t(), X, out=self.tile[: len(total)])
                 total.copy_(partial) if self.empty else total.add_(partial)
         self.empty = False
 
@@ -87,10 +94,15 @@ def sweep(
     plan = make_plan(N, weights, options, compute_dtype, need_gradient, need_grad_rationale_weights)
     rows = plan.rows
 
-    bytes_per_row = V * compute_dtype.itemsize
+    # Wider logits than the products take need the gradient in a buffer of its own.
+    logits_dtype = compute_dtype if options.logits_dtype is None else options.logits_dtype
+    is_wide = logits_dtype != compute_dtype
+    bytes_per_row = V * (logits_dtype.itemsize + (compute_dtype.itemsize if is_wide else 0))
     teacher_head = options.teacher.lm_head_weight if isinstance(options.teacher, TeacherHidden) else None
+    teacher_dtype = compute_dtype
     if teacher_head is not None:
-        bytes_per_row += teacher_head.shape[0] * teacher_head.dtype.itemsize
+        teacher_dtype = torch.promote_types(teacher_head.dtype, logits_dtype) if is_wide else teacher_head.dtype
+        bytes_per_row += teacher_head.shape[0] * teacher_dtype.itemsize
     chunks = plan_chunks(rows, bytes_per_row, options.max_logits_bytes)
     chunk_rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     X_all = hidden_states.detach()
@@ -108,40 +120,42 @@ def sweep(
         single_chunk = sum(chunk.needs_gradient for chunk in chunks) <= 1
         weight_gradient = _WeightGradient(V, H, compute_dtype, device, single_chunk)
 
-    losses_and_gradient_: Callable[[Tensor, Chunk, TeacherRows | None], None]
+    losses_and_gradient_: Callable[[Tensor, Tensor, Chunk, TeacherRows | None], None]
     if options.backend == "triton":
         from mind_kernels.triton_rows import TritonRows
 
         losses_and_gradient_ = TritonRows(plan, options, row_losses)
     else:
-        losses_and_gradient_ = TorchRows(plan, options, V, compute_dtype, row_losses)
+        losses_and_gradient_ = TorchRows(plan, options, V, logits_dtype, row_losses)
 
     def run_chunks() -> None:
-        logits = torch.empty(chunk_rows, V, dtype=compute_dtype, device=device)
+        logits = torch.empty(chunk_rows, V, dtype=logits_dtype, device=device)
+        gradient = torch.empty(chunk_rows, V, dtype=compute_dtype, device=device) if is_wide else None
         teacher_logits = None
         if teacher_head is not None:
-            teacher_logits = torch.empty(chunk_rows, teacher_head.shape[0], dtype=teacher_head.dtype, device=device)
+            teacher_logits = torch.empty(chunk_rows, teacher_head.shape[0], dtype=teacher_dtype, device=device)
         for chunk in chunks:
             index = rows.order[chunk.start : chunk.stop]
             X = X_all[index].to(compute_dtype)
-            z_chunk = project(X, W, b, logits[: len(index)])
+            z = project(X, W, b, logits[: len(index)])
+            G = z if gradient is None else gradient[: len(index)]
             teacher_rows = None
             if options.teacher is not None:
                 teacher_rows = TeacherRows(options.teacher, options.kl, index, teacher_logits)
-            losses_and_gradient_(z_chunk, chunk, teacher_rows)
+            losses_and_gradient_(z, G, chunk, teacher_rows)
             if chunk.needs_gradient:
                 if grad_hidden_states is not None:
-                    grad_hidden_states[index] = torch.mm(z_chunk, W).to(X_all.dtype)  # (m, V) @ (V, H) -> (m, H)
+                    grad_hidden_states[index] = torch.mm(G, W).to(X_all.dtype)  # (m, V) @ (V, H) -> (m, H)
                 if weight_gradient is not None:
-                    weight_gradient.add(z_chunk, X)
+                    weight_gradient.add(G, X)
 
     run_chunks()  # and its buffers are gone before the weight gradient's downcast
 
     cross_entropy, kl = torch.zeros_like(weights), torch.zeros_like(weights)
     if plan.reduce is not None:
-        rows_of_losses = rows.order[plan.is_supervised]
-        cross_entropy = plan.reduce(row_losses.cross_entropy[plan.is_supervised], rows_of_losses)
-        kl = plan.reduce(row_losses.kl[plan.is_supervised], rows_of_losses)
+        # Rows that are only part of an answer position have no loss of their own.
+        cross_entropy = plan.reduce(torch.where(rows.is_supervised, row_losses.cross_entropy, 0), rows.order)
+        kl = plan.reduce(torch.where(rows.is_supervised, row_losses.kl, 0), rows.order)
     grad_bias = row_losses.grad_bias
     return SweepResult(
         cross_entropy,
@@ -152,6 +166,41 @@ def sweep(
         None if grad_bias is None or lm_head_bias is None else grad_bias.to(lm_head_bias.dtype),
         plan.gradient_scale,
     )
+
+
+class LinearLosses(NamedTuple):
+    loss: Tensor  # () differentiable
+    cross_entropy: Tensor  # per rationale, detached
+    kl: Tensor  # per rationale, detached, τ^p included
+    consistency: Tensor  # () detached, over num_questions
+
+
+def linear_loss_and_gradients(
+    hidden_states: Tensor,  # (N, H)
+    lm_head_weight: Tensor,  # (V, H)
+    lm_head_bias: Tensor | None,  # (V,)
+    rationale_weights: Tensor,  # (R,) or (B, K)
+    options: SweepOptions,
+    compute_dtype: torch.dtype,
+    needs: Sequence[bool],  # gradients, of the four tensors
+) -> tuple[LinearLosses, SweepResult, Tensor]:  # and ∂loss/∂rationale_weights
+    with without_autocast(hidden_states.device):
+        tensors = hidden_states, lm_head_weight, lm_head_bias, rationale_weights
+        result = sweep(*tensors, options, compute_dtype, needs)
+        weights = rationale_weights.reshape(-1).to(result.cross_entropy.dtype)
+        # ∂loss/∂w_r = (CE_r + kl_weight·KL_r + consistency_weight·Σ_j w_j·JSD_rj) / num_questions
+        grad_weights = options.cross_entropy_weight * result.cross_entropy + options.kl_weight * result.kl
+        grad_weights = grad_weights / options.num_questions
+        loss = weights.dot(grad_weights)
+        consistency = weights.new_zeros(())
+        if result.jsd is not None:
+            alpha = weights.view(result.jsd.shape[:2])
+            neighbours = torch.einsum("bij,bj->bi", result.jsd, alpha) / options.num_questions
+            consistency = 0.5 * (alpha * neighbours).sum()
+            loss = loss + options.consistency_weight * consistency
+            grad_weights = grad_weights + options.consistency_weight * neighbours.reshape(-1)
+    cross_entropy, kl = result.cross_entropy.reshape(options.losses_shape), result.kl.reshape(options.losses_shape)
+    return LinearLosses(loss, cross_entropy, kl, consistency), result, grad_weights.view(rationale_weights.shape)
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -169,32 +218,14 @@ class _LinearLoss(torch.autograd.Function):
         options: SweepOptions,
         compute_dtype: torch.dtype,
         grad_enabled: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:4]]
-        ctx.sweep_arguments = options, compute_dtype, needs
         tensors = hidden_states, lm_head_weight, lm_head_bias, rationale_weights
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            result = sweep(*tensors, *ctx.sweep_arguments)
-            weights = rationale_weights.reshape(-1).to(result.cross_entropy.dtype)
-            # ∂loss/∂w_r = (CE_r + kl_weight·KL_r + consistency_weight·Σ_j w_j·JSD_rj) / num_questions
-            grad_weights = options.cross_entropy_weight * result.cross_entropy + options.kl_weight * result.kl
-            grad_weights = grad_weights / options.num_questions
-            loss = weights.dot(grad_weights)
-            consistency = weights.new_zeros(())
-            if result.jsd is not None:
-                alpha = weights.view(result.jsd.shape[:2])
-                neighbours = torch.einsum("bij,bj->bi", result.jsd, alpha)
-                consistency = 0.5 * (alpha * neighbours).sum() / options.num_questions
-                loss = loss + options.consistency_weight * consistency
-                grad_weights = grad_weights.add(
-                    neighbours.reshape(-1), alpha=options.consistency_weight / options.num_questions
-                )
+        ctx.sweep_arguments = options, compute_dtype, needs
+        losses, ctx.result, ctx.grad_weights = linear_loss_and_gradients(*tensors, *ctx.sweep_arguments)
         ctx.save_for_backward(*tensors)
-        ctx.result = result
-        ctx.grad_weights = grad_weights.view(rationale_weights.shape)
-        parts = result.cross_entropy.reshape(options.losses_shape), result.kl.reshape(options.losses_shape), consistency
-        ctx.mark_non_differentiable(*parts)
-        return loss, *parts
+        ctx.mark_non_differentiable(*losses[1:])
+        return tuple(losses)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -202,7 +233,7 @@ class _LinearLoss(torch.autograd.Function):
         result, ctx.result = ctx.result, None
         tensors = ctx.saved_tensors
         if result is None:
-            with torch.autocast(grad_loss.device.type, enabled=False):
+            with without_autocast(grad_loss.device):
                 result = sweep(*tensors, *ctx.sweep_arguments)
         factor = grad_loss * result.gradient_scale
         gradients = [result.grad_hidden_states, result.grad_lm_head_weight, result.grad_lm_head_bias]
@@ -213,13 +244,6 @@ class _LinearLoss(torch.autograd.Function):
         return *gradients, grad_weights, None, None, None
 
 
-class LinearLosses(NamedTuple):
-    loss: Tensor  # () differentiable
-    cross_entropy: Tensor  # per rationale, detached
-    kl: Tensor  # per rationale, detached, τ^p included
-    consistency: Tensor  # () detached, over num_questions
-
-
 def linear_loss(
     hidden_states: Tensor,  # (..., H)
     lm_head_weight: Tensor,  # (V, H)
@@ -228,11 +252,14 @@ def linear_loss(
     options: SweepOptions,
 ) -> LinearLosses:
     """The sweep as one differentiable operation, fp32 (fp64 for fp64) losses."""
-    device = hidden_states.device.type
-    compute_dtype = hidden_states.dtype
-    if torch.is_autocast_enabled(device) and compute_dtype != torch.float64:
-        compute_dtype = torch.get_autocast_dtype(device)
+    compute_dtype = product_dtype(hidden_states)
     hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
+    if torch.compiler.is_compiling():
+        from mind_kernels.operators import compiled_linear_loss
+
+        return compiled_linear_loss(
+            hidden_states, lm_head_weight, lm_head_bias, rationale_weights, options, compute_dtype
+        )
     # In Function.forward grad mode is off, so whether a graph is wanted is asked here.
     return LinearLosses(
         *_LinearLoss.apply(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mind_kernels.chunking import Rows, order_rows
+from mind_kernels.chunking import Rows, order_rows, to_device
 from mind_kernels.reduction import RationaleReduction
 from mind_kernels.teacher_rows import KLOptions
 from mind_kernels.teachers import Teacher
@@ -23,19 +23,21 @@ class SweepOptions:
     """
 
     losses_shape: torch.Size  # of what is returned per rationale
+    kl: KLOptions  # with a teacher
     cross_entropy_weight: float = 0.0
     kl_weight: float = 0.0
     consistency_weight: float = 0.0
-    num_questions: float = 1.0
+    num_questions: float | Tensor = 1.0  # a 0-d tensor on a device is never looked at
     labels: Tensor | None = None  # (N,); None: no supervised row
     ignore_index: int = -100
     rationale_id: Tensor | None = None  # (N,) int64, with labels
+    supervised_index: Tensor | None = None  # (n,) int64 on the host: which labels are not ignore_index
     reduction: str = "mean"  # within a rationale
     answer_index: Tensor | None = None  # (B, K, A)
     teacher: Teacher | None = None
-    kl: KLOptions = field(default_factory=KLOptions)
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    logits_dtype: torch.dtype | None = None  # of the products' stored results; None: of the products
     max_logits_bytes: int | None = None
     backend: str = "torch"  # "torch" | "triton": what is done between the products
 
@@ -50,12 +52,14 @@ class AnswerGroups(NamedTuple):
 def _answer_groups(answer_index: Tensor, weights: Tensor, all_pairs: bool) -> AnswerGroups:
     """Answer positions with at least two rationales to compare.
 
-    A rationale of weight 0 enters no pair unless all_pairs, when the gradient of rationale_weights asks for its JSD.
+    A rationale of weight 0 enters no pair unless all_pairs, when the gradient of rationale_weights asks for its JSD, or
+    unless only the device knows the weights while the host knows the rows: then its pairs are made and weigh 0.
     """
-    answer_index, weights = answer_index.cpu(), weights.cpu()
+    all_pairs = all_pairs or answer_index.device != weights.device
+    answer_index = answer_index.cpu()
     present = answer_index >= 0
     num_positions = present.any(1).sum(-1).tolist()
-    included = present if all_pairs else present & (weights != 0).unsqueeze(-1)
+    included = present if all_pairs else present & (weights.cpu() != 0).unsqueeze(-1)
     groups = AnswerGroups([], [], [], num_positions)
     for b, a in (included.sum(1) >= 2).nonzero().tolist():
         members = included[b, :, a].nonzero().squeeze(1)
@@ -92,12 +96,11 @@ class Plan:
     """Which rows, in which order, with which coefficients."""
 
     rows: Rows
-    is_supervised: Tensor  # (n,) bool
     terms: Terms
     groups: AnswerGroups
     pair_weights: Tensor | None  # (B, K, K): ∂loss/∂(Σ over the question's positions of JSD_ij)
     reduce: RationaleReduction | None
-    gradient_scale: float  # coefficients and gradients are of loss / gradient_scale
+    gradient_scale: float | Tensor  # coefficients and gradients are of loss / gradient_scale
 
 
 def make_plan(
@@ -109,15 +112,21 @@ def make_plan(
     need_grad_rationale_weights: bool,
 ) -> Plan:
     device = weights.device
-    supervised = torch.zeros(N, dtype=torch.bool, device=device)
+    by_index = options.supervised_index is not None and device.type != "cpu"
+    supervised = torch.zeros(N, dtype=torch.bool, device="cpu" if by_index else device)
     has_gradient = supervised
     reduce = None
     if options.labels is not None:
         assert options.rationale_id is not None
-        supervised = options.labels != options.ignore_index
+        is_label = options.labels != options.ignore_index
         per_question = weights / options.num_questions
-        reduce = RationaleReduction(per_question, options.rationale_id, supervised, options.reduction)
-        has_gradient = reduce.weight != 0 if need_gradient else has_gradient
+        reduce = RationaleReduction(per_question, options.rationale_id, is_label, options.reduction)
+        if by_index:  # the weights are not looked at
+            supervised[options.supervised_index] = True
+            has_gradient = supervised if need_gradient else has_gradient
+        else:
+            supervised = is_label
+            has_gradient = reduce.weight != 0 if need_gradient else has_gradient
 
     groups = AnswerGroups([], [], [], [])
     pair_weights = None
@@ -125,28 +134,28 @@ def make_plan(
         alpha = weights.view(options.answer_index.shape[:2])
         groups = _answer_groups(options.answer_index, alpha, need_grad_rationale_weights)
         # ∂loss/∂JSD_ij at one position: consistency_weight·α_i α_j / (A·num_questions)
-        positions = alpha.new_tensor(groups.num_positions).clamp_(min=1).view(-1, 1, 1)
+        num_positions = torch.tensor(groups.num_positions, dtype=alpha.dtype).clamp_(min=1)
+        positions = to_device(num_positions, device).view(-1, 1, 1)
         scale = options.consistency_weight / options.num_questions
         pair_weights = scale * alpha.unsqueeze(2) * alpha.unsqueeze(1) / positions
-    rows = order_rows(supervised, has_gradient, groups.rows, groups_have_gradient=need_gradient)
-
-    is_supervised = supervised[rows.order]
+    rows = order_rows(supervised, has_gradient, groups.rows, need_gradient, device)
     cross_entropy = torch.zeros(len(rows.order), dtype=weights.dtype, device=device)
     labels = torch.zeros(len(rows.order), dtype=torch.int64, device=device)
     kl = None
     if options.labels is not None and reduce is not None:
-        labels = torch.where(is_supervised, options.labels[rows.order], 0).long()
+        labels = torch.where(rows.is_supervised, options.labels[rows.order], 0).long()
         row_weight = reduce.weight[rows.order]
         cross_entropy = options.cross_entropy_weight * row_weight
         kl = options.kl_weight * row_weight if options.teacher is not None else None
 
     # fp16 has no room for coefficients of 1/N: they are divided by the largest, which backward multiplies in.
-    gradient_scale = 1.0
+    gradient_scale: float | Tensor = 1.0
     if compute_dtype == torch.float16 and len(rows.order) > 0:
         coefficients = [c for c in (cross_entropy, kl, pair_weights) if c is not None]
-        gradient_scale = max(float(c.abs().max()) for c in coefficients) or 1.0
+        largest = torch.stack([c.abs().amax() for c in coefficients]).amax()
+        gradient_scale = torch.where(largest > 0, largest, 1.0)
         cross_entropy = cross_entropy / gradient_scale
         kl = None if kl is None else kl / gradient_scale
         pair_weights = None if pair_weights is None else pair_weights / gradient_scale
     terms = Terms(labels, cross_entropy, kl)
-    return Plan(rows, is_supervised, terms, groups, pair_weights, reduce, gradient_scale)
+    return Plan(rows, terms, groups, pair_weights, reduce, gradient_scale)

@@ -10,7 +10,15 @@ from torch import Tensor
 from mind_kernels.divergences import divergence_and_gradient
 from mind_kernels.teachers import Teacher, TeacherHidden, TeacherLogits, TeacherTopK
 
+TILE = 8192  # vocabulary rows of a product that is made tile by tile
 NEG = -1.0e4  # stands for the log of 0 in padded top-k entries: exp(NEG) is exactly 0 and NEG − NEG is not NaN
+
+
+def has_wide_products(device: torch.device) -> bool:
+    """Whether a 16-bit product with an fp32 result is to be had: cuBLAS from compute capability 8.0 on."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @dataclass(frozen=True)
@@ -28,9 +36,22 @@ class KLOptions:
 def project(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
 ) -> Tensor:  # (m, H) @ (H, V) -> (m, V)
+    """X Wᵀ + b, rounded once to the dtype of `out`."""
+    if out.dtype != hidden_states.dtype:
+        return _project_wide(hidden_states, weight, bias, out)
     if bias is None:
         return torch.mm(hidden_states, weight.t(), out=out)
     return torch.addmm(bias, hidden_states, weight.t(), out=out)
+
+
+def _project_wide(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    if has_wide_products(out.device):
+        torch.mm(hidden_states, weight.t(), out_dtype=out.dtype, out=out)
+    else:  # the products of the widened operands are the same, at the wider type's speed
+        X = hidden_states.to(out.dtype)
+        for v in range(0, len(weight), TILE):
+            torch.mm(X, weight[v : v + TILE].to(out.dtype).t(), out=out[:, v : v + TILE])
+    return out if bias is None else out.add_(bias)
 
 
 def apply_head_(z: Tensor, logit_scale: float, logit_softcap: float | None) -> None:
@@ -55,18 +76,21 @@ def topk_log_probs(
     temperature: float,
 ) -> Tensor:  # (m, k + 1) for a bucket, (m, k) renormalised
     """The teacher's distribution over its support (and the tail bucket, log(1 − Σp)); padding becomes NEG."""
+    on_host = teacher_log_probs.device.type == "cpu"
     padded = torch.isneginf(teacher_log_probs)
-    if bool(padded.all(-1).any()):
+    if on_host and bool(padded.all(-1).any()):
         raise ValueError("teacher.logprobs: given a row of only -inf, wanted at least one token in each")
     if tail == "renormalize":
         return torch.log_softmax(teacher_log_probs / temperature, -1).masked_fill_(padded, NEG)
     total = torch.logsumexp(teacher_log_probs, -1, keepdim=True)
-    if bool((total > 0.01).any()):
+    if on_host and bool((total > 0.01).any()):
         raise ValueError(
             f"teacher.logprobs: given a row whose probabilities sum to {float(total.max().exp()):.4f}, wanted at most 1"
         )
-    rest = torch.log(-torch.expm1(total.clamp(max=0.0)))  # log(1 − Σp), −inf where nothing is left
-    return torch.cat([teacher_log_probs.masked_fill(padded, NEG), rest.clamp_(min=NEG)], -1)
+    rest = torch.log(-torch.expm1(total.clamp(max=0.0))).clamp_(min=NEG)  # log(1 − Σp), −inf where nothing is left
+    if not on_host:  # what is an error on the host is NaN where looking would wait for the device
+        rest.masked_fill_((total > 0.01) | torch.isneginf(total), torch.nan)
+    return torch.cat([teacher_log_probs.masked_fill(padded, NEG), rest], -1)
 
 
 def topk_divergence(

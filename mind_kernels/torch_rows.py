@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mind_kernels.chunking import BLOCK_ELEMENTS, Chunk
+from mind_kernels.chunking import BLOCK_ELEMENTS, Chunk, to_device
 from mind_kernels.divergences import pairwise_jsd_and_gradient
 from mind_kernels.plan import Plan, RowLosses, SweepOptions, Terms
 from mind_kernels.reduction import statistics_dtype
@@ -100,28 +100,34 @@ def _blocks(chunk: Chunk, group_offsets: list[int], block_rows: int) -> Iterator
 class TorchRows:
     """Blocks of rows, each through all elementwise passes in fp32 while it is in a core's cache."""
 
-    def __init__(self, plan: Plan, options: SweepOptions, V: int, compute_dtype: torch.dtype, losses: RowLosses):
+    def __init__(self, plan: Plan, options: SweepOptions, V: int, logits_dtype: torch.dtype, losses: RowLosses):
         self.plan, self.options, self.losses = plan, options, losses
         self.block_rows = max(1, BLOCK_ELEMENTS // V)
         # 16-bit logits are taken to fp32 block by block; fp32 and fp64 ones are worked on where they are.
-        stats = statistics_dtype(compute_dtype)
+        stats = statistics_dtype(logits_dtype)
         scratch_rows = max([self.block_rows, *(len(group) for group in plan.groups.rows)])
         device = plan.terms.labels.device
-        self.scratch = None if compute_dtype == stats else torch.empty(scratch_rows, V, dtype=stats, device=device)
+        self.scratch = None if logits_dtype == stats else torch.empty(scratch_rows, V, dtype=stats, device=device)
+        self.members: Sequence[Tensor] = ()  # of each answer position, on the device
+        if plan.groups.members:
+            sizes = [len(members) for members in plan.groups.members]
+            self.members = to_device(torch.cat(plan.groups.members), device).split(sizes)
 
     def __call__(
         self,
-        z_chunk: Tensor,  # (m, V) raw product; overwritten with ∂loss/∂product when the chunk needs a gradient
+        z_chunk: Tensor,  # (m, V) raw product; overwritten
+        G_chunk: Tensor,  # (m, V) written with ∂loss/∂product when the chunk needs a gradient; may be z_chunk itself
         chunk: Chunk,
         teacher_rows: TeacherRows | None,
     ) -> None:
         plan, groups, losses = self.plan, self.plan.groups, self.losses
         for start, stop, group in _blocks(chunk, plan.rows.group_offsets, self.block_rows):
-            stored = z_chunk[start - chunk.start : stop - chunk.start]
+            within = slice(start - chunk.start, stop - chunk.start)
+            stored = z_chunk[within]
             z = stored if self.scratch is None else self.scratch[: stop - start].copy_(stored)
             pairs = None
             if group is not None and plan.pair_weights is not None:
-                members, question = groups.members[group], groups.question[group]
+                members, question = self.members[group], groups.question[group]
                 pairs = plan.pair_weights[question][members][:, members]
             found = _block_losses(
                 z,
@@ -141,5 +147,5 @@ class TorchRows:
             if chunk.needs_gradient:
                 if losses.grad_bias is not None:
                     losses.grad_bias.add_(z.sum(0))
-                if self.scratch is not None:
-                    stored.copy_(z)
+                if self.scratch is not None or G_chunk is not z_chunk:
+                    G_chunk[within] = z

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mind_kernels.chunking import Chunk
-from mind_kernels.consistency.triton_path import MAX_PERSPECTIVES, pairwise_jsd
+from mind_kernels.chunking import Chunk, to_device
+from mind_kernels.consistency.triton_path import pairwise_jsd
 from mind_kernels.cross_entropy.triton_path import PairGradient, cross_entropy_
 from mind_kernels.linear_kl.triton_path import dense_kl_, topk_kl_
 from mind_kernels.plan import Plan, RowLosses, SweepOptions
@@ -30,24 +30,21 @@ class TritonRows:
         """Which row stands where in the (positions, K) table of all answer positions; K filled up to a power of two."""
         groups, offsets, device = self.plan.groups, self.plan.rows.group_offsets, pair_weights.device
         K = pair_weights.shape[1]
-        if K > MAX_PERSPECTIVES:
-            raise ValueError(
-                f"answer_index: given K = {K} rationales with backend 'triton', wanted at most {MAX_PERSPECTIVES} "
-                "(backend 'torch' has no limit)"
-            )
         K_filled = max(2, 1 << (K - 1).bit_length())
-        table = torch.full((len(groups.rows), K_filled), -1)
+        table = torch.full((len(groups.rows), K_filled), -1)  # on the host, as the groups are
         for g, members in enumerate(groups.members):
             table[g, members] = torch.arange(offsets[g], offsets[g + 1])
         entries = torch.cat([g * K_filled + members for g, members in enumerate(groups.members)] or [table.view(-1)])
         share = torch.tensor([1 / groups.num_positions[b] for b in groups.question])
-        self.table, self.entries = table.to(device), entries.to(device)
-        self.questions, self.share = torch.tensor(groups.question, dtype=torch.int64).to(device), share.to(device)
+        self.table, self.entries = to_device(table, device), to_device(entries, device)
+        self.questions = to_device(torch.tensor(groups.question, dtype=torch.int64), device)
+        self.share = to_device(share, device)
         self.pair_weights = F.pad(pair_weights, (0, K_filled - K) * 2).contiguous()
 
     def __call__(
         self,
-        z_chunk: Tensor,  # (m, V) raw product; overwritten with ∂loss/∂product when the chunk needs a gradient
+        z_chunk: Tensor,  # (m, V) raw product; overwritten
+        G_chunk: Tensor,  # (m, V) written with ∂loss/∂product when the chunk needs a gradient; may be z_chunk itself
         chunk: Chunk,
         teacher_rows: TeacherRows | None,
     ) -> None:
@@ -58,14 +55,16 @@ class TritonRows:
             while last + 1 < len(offsets) and offsets[last + 1] <= min(chunk.stop, start + most):
                 last += 1
             stop = offsets[last]
-            z = z_chunk[start - chunk.start : stop - chunk.start]
+            within = slice(start - chunk.start, stop - chunk.start)
+            z, d = z_chunk[within], G_chunk[within]
             pairs = self._pairs(z, first, last, start, chunk.needs_gradient)
-            self._rows(z, start, stop, chunk, teacher_rows, pairs)
+            self._rows(z, d, start, stop, chunk, teacher_rows, pairs)
             start = stop
         if start < chunk.stop:
-            self._rows(z_chunk[start - chunk.start :], start, chunk.stop, chunk, teacher_rows, None)
+            rest = slice(start - chunk.start, None)
+            self._rows(z_chunk[rest], G_chunk[rest], start, chunk.stop, chunk, teacher_rows, None)
         if chunk.needs_gradient and self.losses.grad_bias is not None:
-            self.losses.grad_bias.add_(z_chunk.sum(0, dtype=self.losses.grad_bias.dtype))
+            self.losses.grad_bias.add_(G_chunk.sum(0, dtype=self.losses.grad_bias.dtype))
 
     def _pairs(self, z: Tensor, first: int, last: int, start: int, needs_gradient: bool) -> PairGradient | None:
         """The JSDs of answer positions first to last, added to their questions, and what their rows' gradient needs."""
@@ -91,6 +90,7 @@ class TritonRows:
     def _rows(
         self,
         z: Tensor,  # of rows start to stop
+        d: Tensor,
         start: int,
         stop: int,
         chunk: Chunk,
@@ -104,6 +104,7 @@ class TritonRows:
         if teacher_rows is None or terms.kl is None:
             cross_entropy_(
                 z,
+                d,
                 terms.labels,
                 terms.cross_entropy,
                 loss,
@@ -120,6 +121,7 @@ class TritonRows:
             index, k = teacher_rows.index[start - chunk.start : stop - chunk.start], teacher.token_ids.shape[-1]
             topk_kl_(
                 z,
+                d,
                 teacher.token_ids.reshape(-1, k)[index],
                 teacher.logprobs.reshape(-1, k)[index].float(),
                 teacher.tail,
@@ -142,6 +144,7 @@ class TritonRows:
         dense_kl_(
             z,
             torch.arange(len(z), device=z.device),
+            d,
             teacher_logits,
             index,
             terms.labels if has_cross_entropy else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mind_kernels.arguments import (
@@ -11,7 +12,9 @@ from mind_kernels.arguments import (
     check_divergence,
     check_head,
     check_labels,
+    check_logits_dtype,
     check_question_weights,
+    check_supervised_index,
     check_teacher,
     choose_backend,
     require,
@@ -43,11 +46,13 @@ def mind_loss(
     *,
     rationale_weights: Tensor,  # (B, K)
     cu_seqlens: Tensor | None = None,  # (B·K + 1,)
+    supervised_index: Tensor | None = None,  # (n,), on the host
     answer_index: Tensor | None = None,  # (B, K, A)
     teacher: Teacher | None = None,
     lm_head_bias: Tensor | None = None,  # (V,)
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     ignore_index: int = -100,
     consistency_weight: float = 0.1,
     kl_weight: float = 0.0,
@@ -74,10 +79,16 @@ def mind_loss(
         makes the loss NaN, since an error would wait for the device.
     rationale_weights: α, each question's weights sum to 1; 0 for a rationale that was not selected, which then costs a
         forward only (nothing in an empty segment).
+    supervised_index: int64/int32 (n,) on the CPU, the flat rows whose label is not ignore_index, in any order. With it
+        (and answer_index on the CPU) no step on a GPU waits for the device; rows of weight 0 then cost a backward.
     answer_index: flat row indices into hidden_states of the rows that predict the answer tokens, −1 = absent; None: no
-        consistency. A = the positions at which any rationale of the question is present.
+        consistency. On the device of hidden_states or on the CPU. A = the positions at which any rationale of the
+        question is present.
     teacher: TeacherHidden, TeacherLogits or TeacherTopK with rows as the student's; needed when kl_weight > 0.
     logit_scale, logit_softcap: logits = softcap(logit_scale · (h Wᵀ + b)), softcap(z) = c·tanh(z/c).
+    logits_dtype: of the logits as they are stored, None for the dtype of the products. torch.float32 beside 16-bit
+        products leaves their rounding out of the loss and the gradients: 6 bytes a logit instead of 2 within
+        max_logits_bytes, and where 16-bit products have no fp32 result (a CPU) fp32 products.
     divergence, beta, temperature, temperature_power: see fused_linear_kl.
     num_questions: int or 0-d tensor; B by default, the questions of the whole optimiser step under accumulation.
     max_logits_bytes: budget for the logits alive at once, 512 MiB by default; smaller is slower.
@@ -95,12 +106,14 @@ def mind_loss(
     """
     check_question_weights(rationale_weights)
     check_head(hidden_states, lm_head_weight, lm_head_bias, logit_scale, logit_softcap, max_logits_bytes)
+    check_logits_dtype(logits_dtype, hidden_states)
     check_divergence(divergence, beta, temperature, temperature_power)
     require(consistency_weight >= 0, f"consistency_weight: given {consistency_weight}, wanted a number of at least 0")
     require(kl_weight >= 0, f"kl_weight: given {kl_weight}, wanted a number of at least 0")
     rows_shape = hidden_states.shape[:-1]
     V = lm_head_weight.shape[0]
     check_labels(shift_labels, rows_shape, V, ignore_index, hidden_states.device)
+    check_supervised_index(supervised_index, shift_labels, ignore_index)
     rationales = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, hidden_states.device)
     if answer_index is not None:
         check_answer_index(answer_index, rationale_weights, rows_shape.numel())
@@ -108,6 +121,7 @@ def mind_loss(
     if teacher is not None:
         check_teacher(teacher, rows_shape, V, hidden_states.device, temperature)
     questions = resolve_num_questions(num_questions, rationale_weights.shape[0])
+    num_compared = rationale_weights.shape[1] if answer_index is not None and consistency_weight > 0 else 1
     options = SweepOptions(
         losses_shape=rationales.losses_shape,
         cross_entropy_weight=1.0,
@@ -117,13 +131,15 @@ def mind_loss(
         labels=shift_labels.reshape(-1),
         ignore_index=ignore_index,
         rationale_id=rationales.rationale_id,
+        supervised_index=supervised_index,
         answer_index=answer_index if consistency_weight > 0 else None,
         teacher=teacher if kl_weight > 0 else None,
         kl=KLOptions(divergence, beta, temperature, temperature_power),
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
+        logits_dtype=logits_dtype,
         max_logits_bytes=max_logits_bytes,
-        backend=choose_backend(backend, hidden_states),
+        backend=choose_backend(backend, hidden_states, num_compared),
     )
     losses = linear_loss(hidden_states, lm_head_weight, lm_head_bias, rationale_weights, options)
     weights = rationale_weights.detach().to(losses.kl.dtype)
@@ -147,6 +163,7 @@ class MindLoss(nn.Module):
         *,
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
+        logits_dtype: torch.dtype | None = None,
         ignore_index: int = -100,
         consistency_weight: float = 0.1,
         kl_weight: float = 0.0,
@@ -161,6 +178,7 @@ class MindLoss(nn.Module):
         self.settings: dict[str, Any] = {
             "logit_scale": logit_scale,
             "logit_softcap": logit_softcap,
+            "logits_dtype": logits_dtype,
             "ignore_index": ignore_index,
             "consistency_weight": consistency_weight,
             "kl_weight": kl_weight,
@@ -180,6 +198,7 @@ class MindLoss(nn.Module):
         *,
         rationale_weights: Tensor,
         cu_seqlens: Tensor | None = None,
+        supervised_index: Tensor | None = None,
         answer_index: Tensor | None = None,
         teacher: Teacher | None = None,
         lm_head_bias: Tensor | None = None,
@@ -191,6 +210,7 @@ class MindLoss(nn.Module):
             shift_labels,
             rationale_weights=rationale_weights,
             cu_seqlens=cu_seqlens,
+            supervised_index=supervised_index,
             answer_index=answer_index,
             teacher=teacher,
             lm_head_bias=lm_head_bias,

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from mind_kernels.arguments import (
     check_answer_index,
     check_head,
+    check_logits_dtype,
     check_question_weights,
     choose_backend,
     resolve_num_questions,
 )
 from mind_kernels.linear_sweep import linear_loss
 from mind_kernels.plan import SweepOptions
+from mind_kernels.teacher_rows import KLOptions
 
 __all__ = ["AnswerConsistency", "answer_consistency"]
 
@@ -27,6 +29,7 @@ def answer_consistency(
     lm_head_bias: Tensor | None = None,  # (V,)
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     num_questions: int | Tensor | None = None,
     max_logits_bytes: int | None = None,
     backend: str = "auto",
@@ -40,13 +43,13 @@ def answer_consistency(
     hidden_states: any leading axes, taken as flat rows; bf16, fp16, fp32 or fp64. Only the rows that answer_index
         names reach the head.
     answer_index: int64/int32 flat row indices of the rows that predict the answer tokens, each at most once; −1 is
-        absent. A_b is the number of positions at which any rationale of the question is present; a pair counts where
-        both are.
+        absent; on the device of hidden_states, or on the CPU, and then nothing waits for the device. A_b is the number
+        of positions at which any rationale of the question is present; a pair counts where both are.
     rationale_weights: α, each question's weights sum to 1. A rationale of weight 0 costs nothing unless the gradient of
         rationale_weights is asked for.
     num_questions: int or 0-d tensor, B by default.
     Other arguments as in fused_linear_cross_entropy; max_logits_bytes must hold the K rows of one position; backend
-        "triton" takes K up to 8.
+        "triton" takes K up to 8, beyond which "auto" is "torch".
 
     Returns the loss, an fp32 (fp64 for fp64) scalar, differentiable in hidden_states (both sides of each pair),
     lm_head_weight, lm_head_bias and rationale_weights; 0 when no question has two rationales to compare.
@@ -56,16 +59,19 @@ def answer_consistency(
     """
     check_question_weights(rationale_weights)
     check_head(hidden_states, lm_head_weight, lm_head_bias, logit_scale, logit_softcap, max_logits_bytes)
+    check_logits_dtype(logits_dtype, hidden_states)
     check_answer_index(answer_index, rationale_weights, hidden_states.shape[:-1].numel())
     options = SweepOptions(
         losses_shape=torch.Size(rationale_weights.shape),
+        kl=KLOptions(),
         consistency_weight=1.0,
         num_questions=resolve_num_questions(num_questions, rationale_weights.shape[0]),
         answer_index=answer_index,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
+        logits_dtype=logits_dtype,
         max_logits_bytes=max_logits_bytes,
-        backend=choose_backend(backend, hidden_states),
+        backend=choose_backend(backend, hidden_states, rationale_weights.shape[1]),
     )
     return linear_loss(hidden_states, lm_head_weight, lm_head_bias, rationale_weights, options).loss
 
@@ -78,12 +84,14 @@ class AnswerConsistency(nn.Module):
         *,
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
+        logits_dtype: torch.dtype | None = None,
         max_logits_bytes: int | None = None,
         backend: str = "auto",
     ):
         super().__init__()
         self.logit_scale = logit_scale
         self.logit_softcap = logit_softcap
+        self.logits_dtype = logits_dtype
         self.max_logits_bytes = max_logits_bytes
         self.backend = backend
 
@@ -105,6 +113,7 @@ class AnswerConsistency(nn.Module):
             lm_head_bias=lm_head_bias,
             logit_scale=self.logit_scale,
             logit_softcap=self.logit_softcap,
+            logits_dtype=self.logits_dtype,
             num_questions=num_questions,
             max_logits_bytes=self.max_logits_bytes,
             backend=self.backend,

@@ -20,7 +20,6 @@ from torch import Tensor
 from mind_kernels.cross_entropy.triton_path import PairGradient, block_size
 from mind_kernels.triton_math import LOWEST, apply_head, online_sum, softplus
 
-MAX_PERSPECTIVES = 8  # 16 rows and their sums spill at one element a lane
 # One warp, whose sums need no barrier, and as many elements a lane as leave K rows of log-probabilities, probabilities
 # and sums in registers: 4 at K = 8 spill on NVIDIA.
 BLOCK_V = {2: 256, 4: 128, 8: 64}

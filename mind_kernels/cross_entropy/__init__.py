@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from mind_kernels.arguments import (
@@ -9,11 +10,14 @@ from mind_kernels.arguments import (
     check_choice,
     check_head,
     check_labels,
+    check_logits_dtype,
+    check_supervised_index,
     choose_backend,
     resolve_rationales,
 )
 from mind_kernels.linear_sweep import linear_loss
 from mind_kernels.plan import SweepOptions
+from mind_kernels.teacher_rows import KLOptions
 
 __all__ = ["FusedLinearCrossEntropy", "fused_linear_cross_entropy"]
 
@@ -25,9 +29,11 @@ def fused_linear_cross_entropy(
     *,
     rationale_weights: Tensor | None = None,  # (...), or (R,) or (B, K) with cu_seqlens
     cu_seqlens: Tensor | None = None,  # (R + 1,)
+    supervised_index: Tensor | None = None,  # (n,), on the host
     lm_head_bias: Tensor | None = None,  # (V,)
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     max_logits_bytes: int | None = None,
@@ -47,7 +53,12 @@ def fused_linear_cross_entropy(
         makes the loss NaN, since an error would wait for the device.
     rationale_weights: w, used exactly as given; 1/R each by default. 0 costs a forward only.
     cu_seqlens: int32/int64, segment r is rows cu_seqlens[r] to cu_seqlens[r + 1]; an empty segment has loss 0.
+    supervised_index: int64/int32 (n,) on the CPU, the flat rows whose label is not ignore_index, in any order. With it
+        no step on a GPU waits for the device; rows of weight 0 then cost a backward.
     logit_scale, logit_softcap: see the formula; None for no cap.
+    logits_dtype: of the logits as they are stored, None for the dtype of the products. torch.float32 beside 16-bit
+        products leaves their rounding out of the loss and the gradients: 6 bytes a logit instead of 2 within
+        max_logits_bytes, and where 16-bit products have no fp32 result (a CPU) fp32 products.
     max_logits_bytes: budget for the logits alive at once, 512 MiB by default; smaller is slower.
     backend: "auto" (Triton kernels on a GPU where the package triton is installed, but for fp64; PyTorch elsewhere) |
         "torch" | "triton", which raises where it cannot be.
@@ -63,19 +74,24 @@ def fused_linear_cross_entropy(
     Source: gradients in the forward pass follow from the loss's linearity; derivation in this folder's README.md.
     """
     check_head(hidden_states, lm_head_weight, lm_head_bias, logit_scale, logit_softcap, max_logits_bytes)
+    check_logits_dtype(logits_dtype, hidden_states)
     check_choice("reduction", reduction, REDUCTIONS)
     rows_shape = hidden_states.shape[:-1]
     check_labels(shift_labels, rows_shape, lm_head_weight.shape[0], ignore_index, hidden_states.device)
+    check_supervised_index(supervised_index, shift_labels, ignore_index)
     rationales = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, hidden_states.device)
     options = SweepOptions(
         losses_shape=rationales.losses_shape,
+        kl=KLOptions(),
         cross_entropy_weight=1.0,
         labels=shift_labels.reshape(-1),
         ignore_index=ignore_index,
         rationale_id=rationales.rationale_id,
+        supervised_index=supervised_index,
         reduction=reduction,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
+        logits_dtype=logits_dtype,
         max_logits_bytes=max_logits_bytes,
         backend=choose_backend(backend, hidden_states),
     )
@@ -91,6 +107,7 @@ class FusedLinearCrossEntropy(nn.Module):
         *,
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
+        logits_dtype: torch.dtype | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
         max_logits_bytes: int | None = None,
@@ -99,6 +116,7 @@ class FusedLinearCrossEntropy(nn.Module):
         super().__init__()
         self.logit_scale = logit_scale
         self.logit_softcap = logit_softcap
+        self.logits_dtype = logits_dtype
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.max_logits_bytes = max_logits_bytes
@@ -112,6 +130,7 @@ class FusedLinearCrossEntropy(nn.Module):
         *,
         rationale_weights: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        supervised_index: Tensor | None = None,
         lm_head_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         return fused_linear_cross_entropy(
@@ -120,9 +139,11 @@ class FusedLinearCrossEntropy(nn.Module):
             shift_labels,
             rationale_weights=rationale_weights,
             cu_seqlens=cu_seqlens,
+            supervised_index=supervised_index,
             lm_head_bias=lm_head_bias,
             logit_scale=self.logit_scale,
             logit_softcap=self.logit_softcap,
+            logits_dtype=self.logits_dtype,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             max_logits_bytes=self.max_logits_bytes,

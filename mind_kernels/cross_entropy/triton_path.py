@@ -12,11 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mind_kernels.triton_math import LOWEST, apply_head, head_slope, label_loss, online_sum
+from mind_kernels.triton_math import LOWEST, WIDE_ROW, apply_head, head_slope, label_loss, online_sum
 
 # Elements of a row taken at a time: 8 for each of 512 threads, one 16-byte load of 16-bit logits. 16 spill with a cap.
 MAX_BLOCK_V = 4096
-NUM_WARPS = 16
 
 
 class PairGradient(NamedTuple):
@@ -32,7 +31,8 @@ def block_size(V: int, largest: int) -> int:
 
 @triton.jit
 def cross_entropy_kernel(
-    z_ptr, stride_zn,  # (m, V) bare products; ∂loss/∂product is written over them
+    z_ptr, stride_zn,  # (m, V) bare products
+    d_ptr, stride_dn,  # (m, V) ∂loss/∂product, written; may be z itself
     label_ptr,  # (m,) int64
     coefficient_ptr,  # (m,) fp32: ∂loss/∂(this row's cross-entropy)
     pair_ptr, stride_pn, pair_mean_ptr,  # (m, V), (m,) fp32
@@ -48,6 +48,7 @@ def cross_entropy_kernel(
     """loss = lse(z) − z_y;  ∂loss/∂u = (c·(softmax(z) − onehot(y)) + pairs)·dz/du.  A label outside [0, V) is NaN."""
     i_n = tl.program_id(0).to(tl.int64)
     z_ptr += i_n * stride_zn
+    d_ptr += i_n * stride_dn
     label = tl.load(label_ptr + i_n)
     is_label_valid = (label >= 0) & (label < V)
     label = tl.where(is_label_valid, label, 0)
@@ -80,11 +81,12 @@ def cross_entropy_kernel(
                 b_pair = tl.load(pair_ptr + o_v, mask=o_v < V, other=0.0)
                 b_d += 0.5 * b_p * (b_pair - pair_mean)
             b_d *= head_slope(b_z, logit_scale, logit_softcap, HAS_SOFTCAP)
-            tl.store(z_ptr + o_v, b_d.to(z_ptr.dtype.element_ty), mask=o_v < V)
+            tl.store(d_ptr + o_v, b_d.to(d_ptr.dtype.element_ty), mask=o_v < V)
 
 
 def cross_entropy_(
-    z: Tensor,  # (m, V) bf16, fp16 or fp32, bare products; overwritten when needs_gradient
+    z: Tensor,  # (m, V) bf16, fp16 or fp32, bare products
+    d: Tensor,  # (m, V) ∂loss/∂product, written when needs_gradient; may be z itself
     labels: Tensor,  # (m,) int64
     coefficient: Tensor,  # (m,) fp32
     loss: Tensor,  # (m,) fp32, written
@@ -96,10 +98,12 @@ def cross_entropy_(
 ) -> None:
     """Bytes: e·V read for the loss, e·V read again (in part from cache) and e·V written for the gradient."""
     m, V = z.shape
-    assert z.stride(1) == 1 and labels.is_contiguous() and coefficient.is_contiguous() and loss.is_contiguous()
+    assert z.stride(1) == d.stride(1) == 1
+    assert labels.is_contiguous() and coefficient.is_contiguous() and loss.is_contiguous()
     pair_sum, pair_mean = (coefficient, coefficient) if pairs is None else pairs
     cross_entropy_kernel[(m,)](
         z, z.stride(0),
+        d, d.stride(0),
         labels,
         coefficient,
         pair_sum, pair_sum.stride(0), pair_mean,
@@ -111,5 +115,5 @@ def cross_entropy_(
         HAS_PAIRS=pairs is not None,
         NEEDS_GRADIENT=needs_gradient,
         BLOCK_V=block_size(V, MAX_BLOCK_V),
-        num_warps=NUM_WARPS,
+        **WIDE_ROW,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from mind_kernels.arguments import (
     check_divergence,
     check_floating,
     check_labels,
+    check_supervised_index,
     check_teacher,
     choose_backend,
     require,
@@ -30,6 +31,7 @@ def ta_weighted_kl(
     *,
     shift_labels: Tensor | None = None,  # (..., T), or (N,)
     cu_seqlens: Tensor | None = None,  # (R + 1,)
+    supervised_index: Tensor | None = None,  # (n,), on the host
     divergence: str = "forward",
     beta: float = 0.5,
     temperature: float = 1.0,
@@ -63,14 +65,26 @@ def ta_weighted_kl(
     )
     rows_shape, V = student_logits.shape[:-1], student_logits.shape[-1]
     check_teacher(teacher, rows_shape, V, student_logits.device, temperature)
-    if shift_labels is None:
+    if shift_labels is None:  # all rows, as the host then knows
         shift_labels = torch.zeros(rows_shape, dtype=torch.int64, device=student_logits.device)
+        supervised_index = torch.arange(rows_shape.numel())
     check_labels(shift_labels, rows_shape, V, ignore_index, student_logits.device)
+    check_supervised_index(supervised_index, shift_labels, ignore_index)
     rationales = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, student_logits.device)
     options = KLOptions(divergence, beta, temperature, temperature_power)
     supervised = shift_labels.reshape(-1) != ignore_index
     chosen = choose_backend(backend, student_logits)
-    return weighted_kl(student_logits, teacher, rationales, supervised, options, reduction, max_logits_bytes, chosen)
+    return weighted_kl(
+        student_logits,
+        teacher,
+        rationales,
+        supervised,
+        supervised_index,
+        options,
+        reduction,
+        max_logits_bytes,
+        chosen,
+    )
 
 
 class TAWeightedKL(nn.Module):
@@ -106,6 +120,7 @@ class TAWeightedKL(nn.Module):
         *,
         shift_labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        supervised_index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         return ta_weighted_kl(
             student_logits,
@@ -113,6 +128,7 @@ class TAWeightedKL(nn.Module):
             rationale_weights,
             shift_labels=shift_labels,
             cu_seqlens=cu_seqlens,
+            supervised_index=supervised_index,
             divergence=self.divergence,
             beta=self.beta,
             temperature=self.temperature,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mind_kernels.arguments import Rationales
-from mind_kernels.chunking import DEFAULT_MAX_LOGITS_BYTES
+from mind_kernels.chunking import DEFAULT_MAX_LOGITS_BYTES, to_device
 from mind_kernels.teacher_rows import KLOptions
 from mind_kernels.teachers import Teacher
 
@@ -20,10 +20,17 @@ class KLCall:
     kl: KLOptions
     rationales: Rationales
     supervised: Tensor  # (N,) bool
+    supervised_index: Tensor | None  # (n,) int64 on the host: where it is True
     reduction: str
     max_logits_bytes: int | None
     grad_enabled: bool
     backend: str  # "torch" | "triton"
+
+    @property
+    def rows(self) -> Tensor:  # (n,) int64, the supervised rows
+        if self.supervised_index is None:
+            return self.supervised.nonzero().squeeze(1)
+        return to_device(self.supervised_index.long(), self.supervised.device)
 
 
 def teacher_chunk_rows(head: Tensor, num_rows: int, max_logits_bytes: int | None) -> int:

@@ -27,6 +27,13 @@ def _divergences(
     return torch_divergences(logits, rationale_weights, options, need_gradient)
 
 
+def kl_loss_and_gradients(
+    logits: Tensor, rationale_weights: Tensor, options: KLCall, need_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:  # Σ_r w_r·D_r, D (R,), ∂loss/∂logits (N, V)
+    losses, grad_logits = _divergences(logits, rationale_weights, options, need_gradient)
+    return rationale_weights.reshape(-1).to(losses.dtype).dot(losses), losses, grad_logits
+
+
 class _TAWeightedKL(torch.autograd.Function):
     """As in the sweep, the first backward takes the gradient made in forward; another one makes it anew."""
 
@@ -34,11 +41,11 @@ class _TAWeightedKL(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, rationale_weights: Tensor, options: KLCall) -> tuple[Tensor, Tensor]:
         ctx.options = options
         need_gradient = options.grad_enabled and ctx.needs_input_grad[0]
-        losses, ctx.grad_logits = _divergences(logits, rationale_weights, options, need_gradient)
+        loss, losses, ctx.grad_logits = kl_loss_and_gradients(logits, rationale_weights, options, need_gradient)
         ctx.save_for_backward(logits, rationale_weights, losses)
         rationale_losses = losses.reshape(options.rationales.losses_shape)
         ctx.mark_non_differentiable(rationale_losses)
-        return rationale_weights.reshape(-1).to(losses.dtype).dot(losses), rationale_losses
+        return loss, rationale_losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -61,11 +68,19 @@ def weighted_kl(
     teacher: Teacher,
     rationales: Rationales,
     supervised: Tensor,  # (N,) bool
+    supervised_index: Tensor | None,  # (n,) on the host
     kl: KLOptions,
     reduction: str,
     max_logits_bytes: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     grad_enabled = torch.is_grad_enabled()
-    options = KLCall(teacher, kl, rationales, supervised, reduction, max_logits_bytes, grad_enabled, backend)
-    return _TAWeightedKL.apply(student_logits.reshape(-1, student_logits.shape[-1]), rationales.weights, options)
+    options = KLCall(
+        teacher, kl, rationales, supervised, supervised_index, reduction, max_logits_bytes, grad_enabled, backend
+    )
+    logits = student_logits.reshape(-1, student_logits.shape[-1])
+    if torch.compiler.is_compiling():
+        from mind_kernels.operators import compiled_kl_loss
+
+        return compiled_kl_loss(logits, rationales.weights, options)
+    return _TAWeightedKL.apply(logits, rationales.weights, options)

@@ -23,7 +23,7 @@ def torch_divergences(
     stats = statistics_dtype(logits.dtype)
     weights = rationale_weights.reshape(-1).to(stats)
     reduce = RationaleReduction(weights, options.rationales.rationale_id, options.supervised, options.reduction)
-    rows = options.supervised.nonzero().squeeze(1)
+    rows = options.rows
     row_losses = torch.empty(len(rows), dtype=stats, device=logits.device)
     grad_logits = torch.zeros_like(logits) if need_gradient else None
 

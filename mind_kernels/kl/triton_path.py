@@ -25,7 +25,7 @@ def triton_divergences(
     V, teacher, device = logits.shape[-1], options.teacher, logits.device
     weights = rationale_weights.reshape(-1).float()
     reduce = RationaleReduction(weights, options.rationales.rationale_id, options.supervised, options.reduction)
-    rows = options.supervised.nonzero().squeeze(1)
+    rows = options.rows
     row_losses = torch.empty(len(rows), dtype=torch.float32, device=device)
     coefficients = reduce.weight[rows]
     logits = logits.contiguous()
@@ -40,6 +40,7 @@ def triton_divergences(
             index, z_copy = rows[block], z[rows[block]]
             none = torch.zeros(len(index), dtype=torch.float32, device=device)
             topk_kl_(
+                z_copy,
                 z_copy,
                 token_ids[index],
                 log_probs[index].float(),
@@ -68,6 +69,7 @@ def triton_divergences(
         dense_kl_(
             z,
             rows[block],
+            z,
             teacher_logits,
             teacher_rows,
             None,

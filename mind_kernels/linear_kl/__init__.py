@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from mind_kernels.arguments import (
@@ -10,6 +11,8 @@ from mind_kernels.arguments import (
     check_divergence,
     check_head,
     check_labels,
+    check_logits_dtype,
+    check_supervised_index,
     check_teacher,
     choose_backend,
     resolve_rationales,
@@ -30,6 +33,7 @@ def fused_linear_kl(
     *,
     rationale_weights: Tensor | None = None,  # (...), or (R,) or (B, K) with cu_seqlens
     cu_seqlens: Tensor | None = None,  # (R + 1,)
+    supervised_index: Tensor | None = None,  # (n,), on the host
     divergence: str = "forward",
     beta: float = 0.5,
     temperature: float = 1.0,
@@ -37,6 +41,7 @@ def fused_linear_kl(
     lm_head_bias: Tensor | None = None,  # (V,)
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     max_logits_bytes: int | None = None,
@@ -65,12 +70,14 @@ def fused_linear_kl(
     this folder's README.md.
     """
     check_head(hidden_states, lm_head_weight, lm_head_bias, logit_scale, logit_softcap, max_logits_bytes)
+    check_logits_dtype(logits_dtype, hidden_states)
     check_choice("reduction", reduction, REDUCTIONS)
     check_divergence(divergence, beta, temperature, temperature_power)
     rows_shape = hidden_states.shape[:-1]
     V = lm_head_weight.shape[0]
     check_teacher(teacher, rows_shape, V, hidden_states.device, temperature)
     check_labels(shift_labels, rows_shape, V, ignore_index, hidden_states.device)
+    check_supervised_index(supervised_index, shift_labels, ignore_index)
     rationales = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, hidden_states.device)
     options = SweepOptions(
         losses_shape=rationales.losses_shape,
@@ -78,11 +85,13 @@ def fused_linear_kl(
         labels=shift_labels.reshape(-1),
         ignore_index=ignore_index,
         rationale_id=rationales.rationale_id,
+        supervised_index=supervised_index,
         reduction=reduction,
         teacher=teacher,
         kl=KLOptions(divergence, beta, temperature, temperature_power),
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
+        logits_dtype=logits_dtype,
         max_logits_bytes=max_logits_bytes,
         backend=choose_backend(backend, hidden_states),
     )
@@ -102,6 +111,7 @@ class FusedLinearKL(nn.Module):
         temperature_power: int = 2,
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
+        logits_dtype: torch.dtype | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
         max_logits_bytes: int | None = None,
@@ -114,6 +124,7 @@ class FusedLinearKL(nn.Module):
         self.temperature_power = temperature_power
         self.logit_scale = logit_scale
         self.logit_softcap = logit_softcap
+        self.logits_dtype = logits_dtype
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.max_logits_bytes = max_logits_bytes
@@ -128,6 +139,7 @@ class FusedLinearKL(nn.Module):
         *,
         rationale_weights: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        supervised_index: Tensor | None = None,
         lm_head_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         return fused_linear_kl(
@@ -137,6 +149,7 @@ class FusedLinearKL(nn.Module):
             shift_labels,
             rationale_weights=rationale_weights,
             cu_seqlens=cu_seqlens,
+            supervised_index=supervised_index,
             divergence=self.divergence,
             beta=self.beta,
             temperature=self.temperature,
@@ -144,6 +157,7 @@ class FusedLinearKL(nn.Module):
             lm_head_bias=lm_head_bias,
             logit_scale=self.logit_scale,
             logit_softcap=self.logit_softcap,
+            logits_dtype=self.logits_dtype,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             max_logits_bytes=self.max_logits_bytes,

@@ -21,11 +21,19 @@ from torch import Tensor
 from mind_kernels.cross_entropy.triton_path import PairGradient, block_size
 from mind_kernels.divergences import divergence_and_gradient
 from mind_kernels.teacher_rows import NEG, KLOptions, apply_head_, topk_log_probs
-from mind_kernels.triton_math import LOWEST, apply_head, head_slope, label_loss, online_mean, online_sum, softplus
+from mind_kernels.triton_math import (
+    LOWEST,
+    WIDE_ROW,
+    apply_head,
+    head_slope,
+    label_loss,
+    online_mean,
+    online_sum,
+    softplus,
+)
 
 # Two rows' statistics a lane: half the elements of the cross-entropy kernel.
 MAX_BLOCK_V = 2048
-NUM_WARPS = 16
 
 
 @triton.jit
@@ -43,7 +51,8 @@ def log_student_over_mixture(b_log_t, b_log_s, log_odds_beta, log_one_minus_beta
 
 @triton.jit
 def dense_kl_kernel(
-    z_ptr, stride_zn, z_row_ptr,  # (·, V) bare products, (m,) int64: ∂loss/∂product is written over these rows
+    z_ptr, stride_zn, z_row_ptr,  # (·, V) bare products, (m,) int64: which of their rows
+    d_ptr, stride_dn,  # (·, V) ∂loss/∂product, written in the same rows; may be z itself
     t_ptr, stride_tn, t_row_ptr,  # (·, V_t) the teacher's, (m,) int64
     label_ptr,  # (m,) int64
     coefficient_ptr, kl_coefficient_ptr,  # (m,) fp32: ∂loss/∂(cross-entropy), ∂loss/∂(τ^p·D) of the row
@@ -74,7 +83,9 @@ def dense_kl_kernel(
     With zs, zt at temperature τ:  KL(t‖s) = Σ t(zt − zs) − lse_t + lse_s,  KL(s‖t) = Σ s(zs − zt) + lse_t − lse_s.
     """
     i_n = tl.program_id(0).to(tl.int64)
-    z_ptr += tl.load(z_row_ptr + i_n) * stride_zn
+    z_row = tl.load(z_row_ptr + i_n)
+    z_ptr += z_row * stride_zn
+    d_ptr += z_row * stride_dn
     t_ptr += tl.load(t_row_ptr + i_n) * stride_tn
     # At temperature 1 over the whole vocabulary the cross-entropy's log-sum-exp is the divergence's too.
     ONE_LSE: tl.constexpr = HAS_CROSS_ENTROPY and not HAS_TEMPERATURE and V_SHARED == V and DIVERGENCE != "reverse"
@@ -175,12 +186,13 @@ def dense_kl_kernel(
                     b_pair = tl.load(pair_ptr + o_v, mask=o_v < V, other=0.0)
                     b_d += 0.5 * b_p * (b_pair - pair_mean)
             b_d *= head_slope(b_z, logit_scale, logit_softcap, HAS_SOFTCAP)
-            tl.store(z_ptr + o_v, b_d.to(z_ptr.dtype.element_ty), mask=o_v < V)
+            tl.store(d_ptr + o_v, b_d.to(d_ptr.dtype.element_ty), mask=o_v < V)
 
 
 def dense_kl_(
-    z: Tensor,  # (·, V) bare products; rows z_rows are overwritten when needs_gradient
+    z: Tensor,  # (·, V) bare products
     z_rows: Tensor,  # (m,) int64
+    d: Tensor,  # (·, V) ∂loss/∂product, rows z_rows written when needs_gradient; may be z itself
     teacher_logits: Tensor,  # (·, V_t) bare products
     teacher_rows: Tensor,  # (m,) int64
     labels: Tensor | None,  # (m,) int64
@@ -200,12 +212,13 @@ def dense_kl_(
 ) -> None:
     """Bytes: student's and teacher's logits read twice (thrice for the JSD), e·V of gradient written."""
     m, V = len(z_rows), z.shape[1]
-    assert z.stride(1) == teacher_logits.stride(1) == 1
+    assert z.stride(1) == d.stride(1) == teacher_logits.stride(1) == 1
     # A pointer that is not read still needs a tensor behind it.
     pair_sum, pair_mean = (kl_coefficient, kl_coefficient) if pairs is None else pairs
     beta = options.beta if options.divergence == "jsd" else 0.5
     dense_kl_kernel[(m,)](
         z, z.stride(0), z_rows,
+        d, d.stride(0),
         teacher_logits, teacher_logits.stride(0), teacher_rows,
         z_rows if labels is None else labels,
         kl_coefficient if coefficient is None else coefficient, kl_coefficient,
@@ -230,7 +243,7 @@ def dense_kl_(
         HAS_PAIRS=pairs is not None,
         NEEDS_GRADIENT=needs_gradient,
         BLOCK_V=block_size(V, MAX_BLOCK_V),
-        num_warps=NUM_WARPS,
+        **WIDE_ROW,
     )  # fmt: skip
 
 
@@ -264,7 +277,8 @@ def tail_kernel(
 
 @triton.jit
 def tail_gradient_kernel(
-    z_ptr, stride_zn,  # (m, V) bare products; ∂loss/∂product is written over them (not where a token is listed)
+    z_ptr, stride_zn,  # (m, V) bare products, −inf where a token is listed
+    d_ptr, stride_dn,  # (m, V) ∂loss/∂product, written but where a token is listed; may be z itself
     label_ptr,  # (m,) int64
     lse_ptr, rest_ptr,  # (m,) fp32: 1 − p_label is rest
     coefficient_ptr, share_ptr,  # (m,) fp32: of the cross-entropy, of the tail's probabilities
@@ -279,6 +293,7 @@ def tail_gradient_kernel(
     """∂loss/∂u = (c·(p − onehot(y)) + share·p + pairs)·dz/du."""
     i_n = tl.program_id(0).to(tl.int64)
     z_ptr += i_n * stride_zn
+    d_ptr += i_n * stride_dn
     label, lse, rest = tl.load(label_ptr + i_n), tl.load(lse_ptr + i_n), tl.load(rest_ptr + i_n)
     coefficient, share = tl.load(coefficient_ptr + i_n), tl.load(share_ptr + i_n)
     if HAS_PAIRS:
@@ -296,11 +311,12 @@ def tail_gradient_kernel(
             b_d += 0.5 * b_p * (b_pair - pair_mean)
         b_d *= head_slope(b_z, logit_scale, logit_softcap, HAS_SOFTCAP)
         m_v = (o_v < V) & (b_u.to(tl.float32) != float("-inf"))
-        tl.store(z_ptr + o_v, b_d.to(z_ptr.dtype.element_ty), mask=m_v)
+        tl.store(d_ptr + o_v, b_d.to(d_ptr.dtype.element_ty), mask=m_v)
 
 
 def topk_kl_(
-    z: Tensor,  # (m, V) bare products; overwritten, with the gradient when needs_gradient
+    z: Tensor,  # (m, V) bare products; overwritten
+    d: Tensor,  # (m, V) ∂loss/∂product, written when needs_gradient; may be z itself
     token_ids: Tensor,  # (m, k)
     teacher_log_probs: Tensor,  # (m, k) fp32 at temperature 1, −inf padded
     tail: str,
@@ -318,12 +334,12 @@ def topk_kl_(
 ) -> None:
     """Bytes: e·V read twice and written once; k pairs a row beside them."""
     m, V = z.shape
-    assert z.stride(1) == 1
+    assert z.stride(1) == d.stride(1) == 1
     head: dict[str, Any] = {
         "V": V,
         "HAS_SOFTCAP": logit_softcap is not None,
         "BLOCK_V": block_size(V, MAX_BLOCK_V),
-        "num_warps": NUM_WARPS,
+        **WIDE_ROW,
     }
     scale_and_softcap = logit_scale, 1.0 if logit_softcap is None else logit_softcap
     is_label_valid = (labels >= 0) & (labels < V)
@@ -377,6 +393,7 @@ def topk_kl_(
     pair_sum, pair_mean = (lse, lse) if pairs is None else pairs
     tail_gradient_kernel[(m,)](
         z, z.stride(0),
+        d, d.stride(0),
         labels,
         lse, rest,
         coefficient, share,
@@ -385,4 +402,4 @@ def topk_kl_(
         **head,
         HAS_PAIRS=pairs is not None,
     )  # fmt: skip
-    z.scatter_(-1, ids, torch.where(padded, grad.gather(-1, first), grad).to(z.dtype))
+    d.scatter_(-1, ids, torch.where(padded, grad.gather(-1, first), grad).to(d.dtype))

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor, nn
 
-from mind_kernels.arguments import check_device, check_floating, check_integer, choose_backend, require
+from mind_kernels.arguments import can_look, check_device, check_floating, check_integer, choose_backend, require
 from mind_kernels.log_softmax.torch_path import torch_log_softmax
 
 __all__ = ["MultiRationaleLogSoftmax", "multi_rationale_log_softmax"]
@@ -47,7 +47,7 @@ def multi_rationale_log_softmax(
             token_ids.shape[:-1] == logits.shape[:-1] and token_ids.ndim >= 2 and token_ids.shape[-1] >= 1,
             f"token_ids: given shape {tuple(token_ids.shape)}, wanted {(*logits.shape[:-1], 'S')} to match logits",
         )
-        if logits.device.type == "cpu":
+        if can_look(token_ids):
             wrong = (token_ids < 0) | (token_ids >= logits.shape[-1])
             if bool(wrong.any()):
                 raise ValueError(

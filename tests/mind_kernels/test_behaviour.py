@@ -166,7 +166,8 @@ def test_chunks_cover_every_row_once_and_split_no_group(sizes, plain, passive, m
     for size in sizes:
         offsets.append(offsets[-1] + size)
     active = offsets[-1] + plain
-    rows = Rows(torch.arange(active + passive), offsets, active)
+    order = torch.arange(active + passive)
+    rows = Rows(order, order >= 0, offsets, active)
     if active + passive and most < max([1, *sizes]):
         with pytest.raises(ValueError, match=r"max_logits_bytes: given \d+, wanted at least"):
             plan_chunks(rows, 10, 10 * most)

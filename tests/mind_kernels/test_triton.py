@@ -95,10 +95,14 @@ def test_cross_entropy_kernel(m: int, V: int, dtype: torch.dtype, softcap: float
     loss = torch.empty(m, device=DEVICE)
     arguments: dict[str, Any] = {"logit_scale": 1.3, "logit_softcap": softcap, "pairs": pairs}
     before = z.clone()
-    cross_entropy_(z, labels, coefficient, loss, **arguments, needs_gradient=False)
+    cross_entropy_(z, z, labels, coefficient, loss, **arguments, needs_gradient=False)
     assert torch.equal(z, before), "a forward-only row was written to"
     close("loss", loss, exact.detach(), torch.float32)
-    cross_entropy_(z, labels, coefficient, loss, **arguments, needs_gradient=True)
+    apart = torch.full_like(z, math.nan, dtype=torch.bfloat16)
+    cross_entropy_(z, apart, labels, coefficient, loss, **arguments, needs_gradient=True)
+    assert torch.equal(z, before), "the gradient has a buffer of its own"
+    close("gradient apart", apart, wanted, torch.bfloat16)
+    cross_entropy_(z, z, labels, coefficient, loss, **arguments, needs_gradient=True)
     close("loss", loss, exact.detach(), torch.float32)
     close("gradient", z, wanted, dtype)
 
@@ -107,7 +111,7 @@ def test_cross_entropy_kernel_marks_an_invalid_label() -> None:
     z, loss = randn(3, 10).float(), torch.empty(3, device=DEVICE)
     labels = torch.tensor([-5, 10, 9], device=DEVICE)
     cross_entropy_(
-        z, labels, torch.ones_like(loss), loss, logit_scale=1.0, logit_softcap=None, pairs=None, needs_gradient=True
+        z, z, labels, torch.ones_like(loss), loss, logit_scale=1.0, logit_softcap=None, pairs=None, needs_gradient=True
     )
     assert loss.isnan().tolist() == [True, True, False] and z[2].isfinite().all()
 
@@ -143,22 +147,13 @@ def test_dense_kl_kernel(divergence: str, temperature: float, V: int, V_shared: 
     cross_entropy = F.cross_entropy(final, labels, reduction="none")
     wanted = torch.autograd.grad((kl * kl_coefficient).sum() + (cross_entropy * coefficient).sum(), u)[0]
     loss, kl_loss, untouched = torch.empty(m, device=DEVICE), torch.empty(m, device=DEVICE), z.clone()
-    dense_kl_(
-        z,
-        rows,
-        t,
-        teacher_rows,
-        labels,
-        coefficient,
-        kl_coefficient,
-        loss,
-        kl_loss,
-        options,
-        V_shared=V_shared,
-        logit_scale=0.9,
-        logit_softcap=5.0,
-        needs_gradient=True,
-    )
+    arguments = (t, teacher_rows, labels, coefficient, kl_coefficient, loss, kl_loss, options)
+    settings: dict[str, Any] = {"V_shared": V_shared, "logit_scale": 0.9, "logit_softcap": 5.0}
+    apart = torch.full_like(z, math.nan, dtype=torch.bfloat16)
+    dense_kl_(z, rows, apart, *arguments, **settings, needs_gradient=True)
+    assert torch.equal(z, untouched), "the gradient has a buffer of its own"
+    close("gradient apart", apart[rows], wanted, torch.bfloat16)
+    dense_kl_(z, rows, z, *arguments, **settings, needs_gradient=True)
     close("cross_entropy", loss, cross_entropy.detach(), torch.float32)
     close("kl", kl_loss, kl.detach(), torch.float32)
     close("gradient", z[rows], wanted, dtype)
@@ -184,21 +179,25 @@ def test_topk_kernels(divergence: str, tail: str) -> None:
         [(cross_entropy * coefficient).sum(), final], u, [torch.ones((), device=DEVICE), d_final]
     )
     loss, kl_loss = torch.empty(3, device=DEVICE), torch.empty(3, device=DEVICE)
-    topk_kl_(
-        z,
-        ids,
-        log_probs.float(),
-        tail,
-        labels,
-        coefficient,
-        kl_coefficient,
-        loss,
-        kl_loss,
-        options,
-        logit_scale=-1.1,
-        logit_softcap=4.0,
-        needs_gradient=True,
-    )
+    apart = torch.full_like(z, math.nan, dtype=torch.bfloat16)
+    for d in (apart, z):
+        topk_kl_(
+            z.clone() if d is apart else z,
+            d,
+            ids,
+            log_probs.float(),
+            tail,
+            labels,
+            coefficient,
+            kl_coefficient,
+            loss,
+            kl_loss,
+            options,
+            logit_scale=-1.1,
+            logit_softcap=4.0,
+            needs_gradient=True,
+        )
+    close("gradient apart", apart, wanted, torch.bfloat16)
     close("cross_entropy", loss, cross_entropy.detach(), torch.float32)
     close("kl", kl_loss, kl, torch.float32)
     close("gradient", z, wanted, torch.float32)

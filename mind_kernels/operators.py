@@ -1,0 +1,231 @@
+"""The losses as operators of torch.library, mind_kernels::linear_loss and ::kl_loss, which torch.compile takes whole.
+
+How many rows a loss works on depends on its labels, so a compiler cannot look inside; it need not, as each operator is
+one sweep whose launches fill the device. An operator's inputs are tensors and plain values, so options travel as the
+list of their tensors and one line of JSON. Its results are the losses and the gradients of its differentiable inputs,
+made in the forward pass as ever; its backward multiplies them by the incoming gradient (out of place, as a compiled
+graph must: under a compiler the gradients exist twice for a moment).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mind_kernels.arguments import Rationales, check_answer_index, check_labels, check_supervised_index
+from mind_kernels.kl.call import KLCall
+from mind_kernels.kl.function import kl_loss_and_gradients
+from mind_kernels.linear_sweep import LinearLosses, linear_loss_and_gradients
+from mind_kernels.plan import SweepOptions
+from mind_kernels.reduction import statistics_dtype
+from mind_kernels.teacher_rows import KLOptions
+from mind_kernels.teachers import TeacherHidden, TeacherLogits, TeacherTopK
+
+_TEACHERS = {kind.__name__: kind for kind in (TeacherHidden, TeacherLogits, TeacherTopK)}
+
+
+def _pack(options: Any) -> tuple[list[Tensor | None], dict[str, Any]]:
+    """A dataclass or named tuple as its tensors, in the order of its fields, and a dictionary of everything else."""
+    tensors: list[Tensor | None] = []
+    plain: dict[str, Any] = {}
+    names = options._fields if isinstance(options, Rationales) else [field.name for field in fields(options)]
+    for name in names:
+        value = getattr(options, name)
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            plain[name] = {"tensor": len(tensors) - 1}
+        elif isinstance(value, torch.dtype):
+            plain[name] = {"dtype": str(value).removeprefix("torch.")}
+        elif isinstance(value, KLOptions | Rationales | TeacherHidden | TeacherLogits | TeacherTopK):
+            inner, described = _pack(value)
+            plain[name] = {"kind": type(value).__name__, "first": len(tensors), "fields": described}
+            tensors += inner
+        else:
+            plain[name] = list(value) if isinstance(value, torch.Size) else value
+    return tensors, plain
+
+
+@torch.compiler.assume_constant_result  # of plain values, which a compiler does not follow into the encoder
+def _as_json(plain: dict[str, Any]) -> str:
+    return json.dumps(plain)
+
+
+def _unpack(kind: Any, tensors: Sequence[Tensor | None], plain: dict[str, Any]) -> Any:
+    values = {}
+    for name, value in plain.items():
+        if isinstance(value, dict) and "tensor" in value:
+            value = tensors[value["tensor"]]
+        elif isinstance(value, dict) and "dtype" in value:
+            value = getattr(torch, value["dtype"])
+        elif isinstance(value, dict):
+            inner = {"KLOptions": KLOptions, "Rationales": Rationales, **_TEACHERS}[value["kind"]]
+            value = _unpack(inner, tensors[value["first"] :], value["fields"])
+        elif isinstance(value, list):
+            value = torch.Size(value)
+        values[name] = value
+    return kind(**values)
+
+
+def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """An operator returns a tensor in each place."""
+    return like.new_empty(0) if gradient is None else gradient
+
+
+def _scaled(gradients: Sequence[Tensor], factor: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    return [(g * factor).to(g.dtype) if needed else None for g, needed in zip(gradients, needs, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Everything that takes hidden states
+
+
+@torch.library.custom_op("mind_kernels::linear_loss", mutates_args=())
+def _linear_loss(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    lm_head_bias: Tensor | None,
+    rationale_weights: Tensor,
+    option_tensors: Sequence[Tensor | None],
+    settings: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    described = json.loads(settings)
+    options = _unpack(SweepOptions, option_tensors, described["options"])
+    compute_dtype = getattr(torch, described["compute_dtype"])
+    # Values, which a compiler does not have.
+    if options.labels is not None:
+        labels = options.labels
+        check_labels(labels, labels.shape, len(lm_head_weight), options.ignore_index, hidden_states.device)
+        check_supervised_index(options.supervised_index, labels, options.ignore_index)
+    if options.answer_index is not None:
+        check_answer_index(options.answer_index, rationale_weights, len(hidden_states))
+    inputs = hidden_states, lm_head_weight, lm_head_bias, rationale_weights
+    losses, result, grad_weights = linear_loss_and_gradients(*inputs, options, compute_dtype, list(needs))
+    scale = torch.as_tensor(result.gradient_scale, dtype=losses.loss.dtype, device=losses.loss.device)
+    return (  # type: ignore[return-value]
+        *(tensor.clone() for tensor in losses),  # an operator's results share no memory
+        scale.clone(),
+        _or_empty(result.grad_hidden_states, hidden_states),
+        _or_empty(result.grad_lm_head_weight, lm_head_weight),
+        _or_empty(result.grad_lm_head_bias, hidden_states),
+        grad_weights.clone() if needs[3] else rationale_weights.new_empty(0),
+    )
+
+
+@_linear_loss.register_fake
+def _(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    lm_head_bias: Tensor | None,
+    rationale_weights: Tensor,
+    option_tensors: Sequence[Tensor | None],
+    settings: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    described = json.loads(settings)
+    stats = statistics_dtype(getattr(torch, described["compute_dtype"]))
+    shape = described["options"]["losses_shape"]
+
+    def new(*size: int) -> Tensor:
+        return hidden_states.new_empty(size, dtype=stats)
+
+    gradients = zip((hidden_states, lm_head_weight, lm_head_bias), needs, strict=False)
+    return (
+        new(), new(*shape), new(*shape), new(), new(),
+        *(torch.empty_like(t) if needed and t is not None else hidden_states.new_empty(0) for t, needed in gradients),
+        new(*rationale_weights.shape) if needs[3] else rationale_weights.new_empty(0),
+    )  # fmt: skip
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.needs = inputs[-1]
+    ctx.no_gradients = [None] * len(inputs[4])
+    ctx.weights_dtype = inputs[3].dtype
+    ctx.save_for_backward(*output[4:])
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    scale, *gradients, grad_weights = ctx.saved_tensors
+    scaled = _scaled(gradients, grad_loss * scale, ctx.needs[:3])
+    (for_weights,) = _scaled([grad_weights], grad_loss, ctx.needs[3:])
+    for_weights = None if for_weights is None else for_weights.to(ctx.weights_dtype)
+    return *scaled, for_weights, ctx.no_gradients, None, None
+
+
+_linear_loss.register_autograd(_backward, setup_context=_save)
+
+
+def compiled_linear_loss(
+    hidden_states: Tensor,  # (N, H)
+    lm_head_weight: Tensor,
+    lm_head_bias: Tensor | None,
+    rationale_weights: Tensor,
+    options: SweepOptions,
+    compute_dtype: torch.dtype,
+) -> LinearLosses:
+    """linear_loss as one operator."""
+    inputs = hidden_states, lm_head_weight, lm_head_bias, rationale_weights
+    needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
+    tensors, plain = _pack(options)
+    settings = _as_json({"options": plain, "compute_dtype": str(compute_dtype).removeprefix("torch.")})
+    loss, cross_entropy, kl, consistency, *_ = _linear_loss(*inputs, tensors, settings, needs)
+    return LinearLosses(loss, cross_entropy.detach(), kl.detach(), consistency.detach())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A divergence on logits
+
+
+@torch.library.custom_op("mind_kernels::kl_loss", mutates_args=())
+def _kl_loss(
+    logits: Tensor,
+    rationale_weights: Tensor,
+    option_tensors: Sequence[Tensor | None],
+    settings: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = replace(_unpack(KLCall, option_tensors, json.loads(settings)), grad_enabled=needs[0])
+    loss, losses, grad_logits = kl_loss_and_gradients(logits, rationale_weights, options, needs[0])
+    return loss, losses.clone(), _or_empty(grad_logits, logits)
+
+
+@_kl_loss.register_fake
+def _(
+    logits: Tensor,
+    rationale_weights: Tensor,
+    option_tensors: Sequence[Tensor | None],
+    settings: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    stats = statistics_dtype(logits.dtype)
+    losses = logits.new_empty(rationale_weights.numel(), dtype=stats)
+    return logits.new_empty((), dtype=stats), losses, torch.empty_like(logits) if needs[0] else logits.new_empty(0)
+
+
+def _kl_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.needs = inputs[-1]
+    ctx.no_gradients = [None] * len(inputs[2])
+    ctx.save_for_backward(inputs[1], *output[1:])
+
+
+def _kl_backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    weights, losses, grad_logits = ctx.saved_tensors
+    (for_logits,) = _scaled([grad_logits], grad_loss, ctx.needs[:1])
+    for_weights = (grad_loss * losses).reshape(weights.shape).to(weights.dtype) if ctx.needs[1] else None
+    return for_logits, for_weights, ctx.no_gradients, None, None
+
+
+_kl_loss.register_autograd(_kl_backward, setup_context=_kl_save)
+
+
+def compiled_kl_loss(logits: Tensor, rationale_weights: Tensor, options: KLCall) -> tuple[Tensor, Tensor]:
+    """weighted_kl as one operator."""
+    needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (logits, rationale_weights)]
+    tensors, plain = _pack(options)
+    loss, losses, _ = _kl_loss(logits, rationale_weights, tensors, _as_json(plain), needs)
+    return loss, losses.detach().reshape(options.rationales.losses_shape)

@@ -1,0 +1,277 @@
+"""What a device and a compiler ask of the losses: that nothing waits for results, and that a graph is whole.
+
+A meta tensor has a shape and no values, on a device that is not the CPU: whatever would read a value raises. So a step
+on meta tensors is a step in which the host does not wait for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import mind_kernels.linear_sweep as linear_sweep
+import mind_kernels.operators as operators
+from mind_kernels import (
+    answer_consistency,
+    fused_linear_cross_entropy,
+    fused_linear_kl,
+    mind_loss,
+    multi_rationale_log_softmax,
+    ta_weighted_kl,
+)
+from mind_kernels.arguments import choose_backend
+from mind_kernels.combined.reference import reference_mind_loss
+from mind_kernels.teachers import Teacher
+from mind_kernels.testing import MindCase, random_case, random_teacher, relative_error
+
+TEACHERS = ("hidden", "logits", "topk", "topk-renormalize")
+
+
+def supervised(case: MindCase) -> Tensor:
+    return (case.shift_labels.flatten() != -100).nonzero().squeeze(1)
+
+
+def to_meta(teacher: Teacher) -> Teacher:
+    return replace(
+        teacher, **{name: value.to("meta") for name, value in vars(teacher).items() if isinstance(value, Tensor)}
+    )
+
+
+def on_meta(case: MindCase) -> MindCase:
+    return MindCase(**{name: tensor.detach().to("meta").requires_grad_(tensor.requires_grad)
+                       for name, tensor in vars(case).items()})  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d)[6:])
+def test_a_step_waits_for_nothing_when_the_host_knows_the_rows(kind: str, dtype: torch.dtype) -> None:
+    host = random_case(2, 3, 6, 8, 40, 2).to(dtype)
+    case, teacher = on_meta(host), to_meta(random_teacher(kind, host))
+    output = mind_loss(
+        case.hidden_states, case.lm_head_weight, case.shift_labels,
+        rationale_weights=case.rationale_weights,
+        supervised_index=supervised(host), answer_index=host.answer_index, teacher=teacher, kl_weight=0.5,
+        lm_head_bias=case.lm_head_bias, logit_softcap=5.0, num_questions=torch.ones((), device="meta"),
+        max_logits_bytes=4000,
+    )  # fmt: skip
+    output.loss.backward()
+    for name, leaf in case.leaves().items():
+        assert leaf.grad is not None and leaf.grad.shape == leaf.shape, name
+
+
+@pytest.mark.parametrize("missing", ["supervised_index", "answer_index"])
+def test_a_step_waits_when_only_the_device_knows_the_rows(missing: str) -> None:
+    """The other half of the test above: a meta step does notice what reads a value."""
+    host = random_case(2, 3, 6, 8, 40, 2).to(torch.float32)
+    case = on_meta(host)
+    known = {"supervised_index": supervised(host), "answer_index": host.answer_index}
+    known[missing] = None if missing == "supervised_index" else case.answer_index
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        mind_loss(
+            case.hidden_states,
+            case.lm_head_weight,
+            case.shift_labels,
+            rationale_weights=case.rationale_weights,
+            **known,
+        )
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_divergences_on_logits_wait_for_nothing(kind: str) -> None:
+    host = random_case(2, 3, 6, 8, 40, 2).to(torch.float32)
+    case, teacher = on_meta(host), to_meta(random_teacher(kind, host))
+    logits = case.hidden_states @ case.lm_head_weight.t()
+    for rows in ({}, {"shift_labels": case.shift_labels, "supervised_index": supervised(host)}):
+        loss, _ = ta_weighted_kl(logits, teacher, case.rationale_weights, **rows)
+        torch.autograd.grad(loss, logits, retain_graph=True)
+    multi_rationale_log_softmax(logits, token_ids=torch.zeros(2, 3, 6, 1, dtype=torch.int64, device="meta"))
+
+
+def test_supervised_index_changes_no_result() -> None:
+    case = random_case(2, 3, 6, 8, 40, 2).to(torch.float32)
+    arguments = (case.hidden_states, case.lm_head_weight, case.shift_labels)
+    for function in (
+        lambda **known: fused_linear_cross_entropy(*arguments, rationale_weights=case.rationale_weights, **known),
+        lambda **known: fused_linear_kl(
+            case.hidden_states, case.lm_head_weight, random_teacher("logits", case), case.shift_labels, **known
+        ),
+    ):
+        for plain, known in zip(function(), function(supervised_index=supervised(case).flip(0)), strict=True):
+            assert torch.equal(plain, known)
+    for wrong in (supervised(case)[1:], supervised(case).index_fill(0, torch.tensor([0]), 0), torch.arange(3)):
+        with pytest.raises(ValueError, match=r"supervised_index: given \d+ rows, wanted the \d+ rows of shift_labels"):
+            fused_linear_cross_entropy(*arguments, supervised_index=wrong)
+    with pytest.raises(ValueError, match=r"supervised_index: given shape .* wanted \(n,\) on the cpu"):
+        fused_linear_cross_entropy(*arguments, supervised_index=supervised(case)[None])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch.compile
+
+
+def losses(case: MindCase) -> dict[str, Callable[..., Tensor]]:
+    """Every public function, of the four differentiable tensors."""
+    teachers = {kind: random_teacher(kind, case) for kind in TEACHERS}
+    labels, answers = case.shift_labels, case.answer_index
+
+    def cross_entropy(x, w, b, a):
+        return fused_linear_cross_entropy(x, w, labels, rationale_weights=a, lm_head_bias=b, logit_softcap=3.0)[0]
+
+    def linear_kl(x, w, b, a):
+        teacher = teachers["hidden"]
+        return fused_linear_kl(x, w, teacher, labels, rationale_weights=a, lm_head_bias=b, divergence="jsd")[0]
+
+    def whole(x, w, b, a):
+        output = mind_loss(
+            x, w, labels, rationale_weights=a, lm_head_bias=b, answer_index=answers, teacher=teachers["topk"],
+            kl_weight=0.3, num_questions=torch.tensor(4.0), consistency_weight=0.5,
+        )  # fmt: skip
+        return output.loss + 0 * output.rationale_losses.sum()
+
+    def consistency(x, w, b, a):
+        return answer_consistency(x, w, answers, a, lm_head_bias=b)
+
+    def on_logits(x, w, b, a):
+        return ta_weighted_kl(x @ w.t() + b, teachers["logits"], a, shift_labels=labels)[0]
+
+    def log_probs(x, w, b, a):
+        chosen = multi_rationale_log_softmax(x @ w.t() + b, temperature=2.0, token_ids=labels.clamp(min=0)[..., None])
+        return (chosen * a[..., None, None]).sum()
+
+    return {f.__name__: f for f in (cross_entropy, linear_kl, whole, consistency, on_logits, log_probs)}
+
+
+@pytest.mark.parametrize("name", list(losses(random_case(1, 1, 2, 2, 4, 1))))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_compiles_as_one_graph_with_the_same_results(name: str, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    case = random_case(2, 3, 6, 8, 40, 2).to(dtype)
+    function, leaves = losses(case)[name], tuple(case.leaves().values())
+    eager = function(*leaves)
+    wanted = torch.autograd.grad(2.5 * eager, leaves)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(*leaves)
+    given = torch.autograd.grad(2.5 * compiled, leaves)
+    for part, one, other in zip(("loss", *case.leaves()), (compiled, *given), (eager, *wanted), strict=True):
+        assert one.dtype == other.dtype, part
+        # A 16-bit gradient is scaled by 2.5 in fp32 here and in 16 bits there.
+        assert relative_error(one, other) <= (1e-12 if dtype == torch.float64 else 2**-8), part
+
+
+def test_a_frozen_head_costs_no_weight_gradient_when_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    case = random_case(2, 3, 6, 8, 40, 2).to(torch.float32)
+    made: list[int] = []
+    monkeypatch.setattr(linear_sweep._WeightGradient, "add", lambda self, G, X: made.append(len(X)))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def function(x, w):
+        return fused_linear_cross_entropy(x, w, case.shift_labels)[0]
+
+    torch.autograd.grad(function(case.hidden_states, case.lm_head_weight.detach()), case.hidden_states)
+    assert made == []
+    torch.autograd.grad(function(case.hidden_states, case.lm_head_weight), case.hidden_states)
+    assert made
+
+
+def test_bad_values_are_told_inside_a_compiled_graph() -> None:
+    torch._dynamo.reset()
+    case = random_case(2, 3, 6, 8, 40, 2).to(torch.float32)
+    labels = case.shift_labels.clone()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def function(labels):
+        return fused_linear_cross_entropy(case.hidden_states, case.lm_head_weight, labels)[0]
+
+    function(labels)
+    labels[0, 0, -1] = 40
+    with pytest.raises(ValueError, match="shift_labels: given 40 at flat row 5"):
+        function(labels)
+
+
+def test_operators_keep_their_promises_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schema, fake implementation and autograd registration, by PyTorch's own check of custom operators."""
+    case = random_case(2, 3, 6, 8, 40, 2).to(torch.float32)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    calls: list[tuple] = []
+
+    def recording(operator):
+        def call(*arguments):
+            calls.append((operator, arguments))
+            return operator(*arguments)
+
+        return call
+
+    monkeypatch.setattr(operators, "_linear_loss", recording(operators._linear_loss))
+    monkeypatch.setattr(operators, "_kl_loss", recording(operators._kl_loss))
+    functions, leaves = losses(case), tuple(case.leaves().values())
+    for name in ("cross_entropy", "linear_kl", "whole", "consistency", "on_logits"):
+        functions[name](*leaves)
+    monkeypatch.undo()
+    assert len(calls) == 5
+    for operator, arguments in calls:
+        torch.library.opcheck(operator, arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The precision of the stored logits, and the choice of a path
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+def test_wide_logits_leave_only_the_rounding_of_the_operands(kind: str, dtype: torch.dtype) -> None:
+    case = random_case(2, 4, 9, 32, 300, 2, seed=3)
+    case.hidden_states.mul_(4)  # logits of ±16, whose 16-bit rounding is 2⁻⁴ of a nat
+    case = case.to(dtype)
+    teacher = random_teacher(kind, case)
+    options = {"answer_index": case.answer_index, "teacher": teacher, "kl_weight": 0.5, "lm_head_bias": None}
+
+    def run(case: MindCase, teacher: Teacher, function=mind_loss, **more) -> dict[str, Tensor]:
+        output = function(
+            case.hidden_states, case.lm_head_weight, case.shift_labels,
+            rationale_weights=case.rationale_weights, **options | {"teacher": teacher} | more,
+        )  # fmt: skip
+        loss = output[0]  # of MindLossOutput and of the reference
+        leaves = {"hidden_states": case.hidden_states, "lm_head_weight": case.lm_head_weight}
+        gradients = torch.autograd.grad(loss, tuple(leaves.values()))
+        return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+    exact_case = case.to(torch.float64)
+    exact_teacher = replace(teacher, **{n: v.double() for n, v in vars(teacher).items()
+                                        if isinstance(v, Tensor) and v.is_floating_point()})  # fmt: skip
+    exact = run(exact_case, exact_teacher, reference_mind_loss)
+    for budget in (None, 9 * 300 * 6 * 4):
+        wide = run(case, teacher, logits_dtype=torch.float32, max_logits_bytes=budget)
+        stored = run(case, teacher, max_logits_bytes=budget)
+        unit = torch.finfo(dtype).eps
+        assert relative_error(wide["loss"], exact["loss"]) < 2e-6 < relative_error(stored["loss"], exact["loss"])
+        for name in ("hidden_states", "lm_head_weight"):
+            error = relative_error(wide[name], exact[name])
+            assert error < 0.5 * unit, f"{name}: {error:.2e}"
+            assert error < 0.7 * relative_error(stored[name], exact[name]), name
+
+
+def test_logits_dtype_errors() -> None:
+    case = random_case(1, 2, 3, 4, 5, 1).to(torch.bfloat16)
+    arguments = (case.hidden_states, case.lm_head_weight, case.shift_labels)
+    with pytest.raises(ValueError, match=r"logits_dtype: given torch.float16, wanted None or torch.bfloat16 or torch"):
+        fused_linear_cross_entropy(*arguments, logits_dtype=torch.float16)
+    case = case.to(torch.float64)
+    with pytest.raises(ValueError, match=r"logits_dtype: given torch.float32, wanted None or torch.float64"):
+        answer_consistency(
+            case.hidden_states, case.lm_head_weight, case.answer_index, case.rationale_weights,
+            logits_dtype=torch.float32,
+        )  # fmt: skip
+
+
+def test_more_rationales_than_the_pair_kernel_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        device, dtype = torch.device("cuda", 0), torch.bfloat16
+
+    assert choose_backend("auto", OnGpu, 8) == "triton"
+    assert choose_backend("auto", OnGpu, 9) == "torch"
+    with pytest.raises(ValueError, match="given K = 9 rationales with backend 'triton', wanted at most 8"):
+        choose_backend("triton", OnGpu, 9)
