@@ -54,7 +54,9 @@ def attach_mind_loss(model: nn.Module, **loss_options: Any) -> MindAttachment:
     rationale_weights: (B, K), α: each question's weights sum to 1.
     cu_seqlens: (B·K + 1,) int32, boundaries of the rationales in the R·T flattened tokens; an empty segment for a
         rationale that is not in the batch. Without it, the rows are the rationales: R = B·K.
-    answer_index: (B, K, A) int64 indices into the R·T flattened tokens, −1 = absent.
+    answer_index: (B, K, A) int64 indices into the R·T flattened tokens, −1 = absent; best left on the CPU.
+    supervised_index: (n,) int64 on the CPU, the flattened tokens whose label is not −100, so that the loss does not
+        wait for a GPU to tell.
     teacher: TeacherHidden, TeacherLogits or TeacherTopK with the rows of the R·T flattened tokens (of (B, K, T) without
         cu_seqlens).
     num_questions: what the losses are divided by; B by default.
@@ -132,7 +134,7 @@ class MindAttachment:
         shift_labels: Tensor,  # (R, T)
         rationale_weights: Tensor | None,  # (B, K)
         cu_seqlens: Tensor | None,  # (B·K + 1,)
-        **tensors: Any,  # answer_index, teacher, num_questions: as mind_loss takes them
+        **tensors: Any,  # answer_index, supervised_index, teacher, num_questions: as mind_loss takes them
     ) -> MindOutput:
         """The loss of what the base model makes of inputs (the original forward's arguments by name)."""
         if rationale_weights is None:
@@ -274,6 +276,7 @@ def _make_forward(original_forward: Callable[..., Any]) -> Callable[..., Any]:
         rationale_weights: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         answer_index: Tensor | None = None,
+        supervised_index: Tensor | None = None,
         teacher: Any = None,
         num_questions: int | Tensor | None = None,
         **inputs: Any,
@@ -283,6 +286,7 @@ def _make_forward(original_forward: Callable[..., Any]) -> Callable[..., Any]:
             "rationale_weights": rationale_weights,
             "cu_seqlens": cu_seqlens,
             "answer_index": answer_index,
+            "supervised_index": supervised_index,
             "teacher": teacher,
             "num_questions": num_questions,
         }

@@ -70,6 +70,7 @@ def student_inputs(questions: Sequence[EncodedQuestion], selected: Tensor, pad_t
         cu_seqlens (B·K+1,) int32: where each rationale starts among the R_sel·T rows; an empty segment for every
             rationale that is absent or not selected
         answer_index (B, K, A) int64: the rows that predict the answer suffix, −1 where there is none
+        supervised_index (n,) int64: the rows whose label is not −100
 
     Raises: ValueError when `selected` has another shape, is empty or selects a perspective that does not exist.
     """
@@ -104,10 +105,12 @@ def student_inputs(questions: Sequence[EncodedQuestion], selected: Tensor, pad_t
         answer_index[b, k, :answer_length] = torch.arange(end - answer_length, end)
     cu_seqlens = torch.zeros(selected.numel() + 1, dtype=torch.int32)
     cu_seqlens[1:] = (selected.flatten() * width).cumsum(0)
+    shift_labels = shift_labels.flatten()
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "shift_labels": shift_labels.flatten(),
+        "shift_labels": shift_labels,
         "cu_seqlens": cu_seqlens,
         "answer_index": answer_index,
+        "supervised_index": (shift_labels != IGNORE_INDEX).nonzero().squeeze(1),
     }

@@ -34,6 +34,9 @@ from mind.config import MindConfig
 from mind.data import EncodedQuestion, MindDataset
 from mind.feedback import Feedback, peak_memory_bytes, summarise
 from mind_kernels import TeacherHidden, fused_linear_cross_entropy
+from mind_kernels.chunking import to_device
+
+ON_DEVICE = ("input_ids", "attention_mask", "shift_labels", "cu_seqlens")  # of student_inputs
 
 
 class MindTrainer(Trainer):
@@ -206,8 +209,12 @@ class MindTrainer(Trainer):
         return None, chosen / chosen.sum(-1, keepdim=True), None
 
     def _student_inputs(self, questions: Sequence[EncodedQuestion], selected: Tensor) -> dict[str, Tensor]:
+        """student_inputs on the device, but for the indices: the host needs them, and would have to wait for them."""
         batch = student_inputs(questions, selected, self._pad_token_id)
-        return {name: tensor.to(self.args.device, non_blocking=True) for name, tensor in batch.items()}
+        device = {name: to_device(batch.pop(name), self.args.device) for name in ON_DEVICE}
+        if self.accelerator.num_processes > 1:  # DistributedDataParallel moves every tensor to the device
+            del batch["supervised_index"]
+        return device | batch
 
     @torch.no_grad()
     def _measure(self, questions: Sequence[EncodedQuestion], wanted: Tensor) -> Tensor:
@@ -230,6 +237,7 @@ class MindTrainer(Trainer):
                 batch["shift_labels"],
                 rationale_weights=wanted.float().to(self.args.device),
                 cu_seqlens=batch["cu_seqlens"],
+                supervised_index=batch.get("supervised_index"),
                 lm_head_bias=student.head.bias,
                 **{name: settings[name] for name in ("logit_scale", "logit_softcap", "max_logits_bytes")},
             )

@@ -230,6 +230,7 @@ def test_student_inputs_hold_the_selected_rationales_and_nothing_else() -> None:
         assert batch["shift_labels"][index].tolist() == list(question.target_ids[k][-question.answer_length :])
         assert set((index // width).tolist()) == {row}
     assert (batch["answer_index"][~selected] == -1).all()
+    assert torch.equal(batch["supervised_index"], (batch["shift_labels"] != -100).nonzero()[:, 0])
     segments = batch["cu_seqlens"]
     assert segments.dtype == torch.int32 and segments.tolist()[-1] == rows * width
     assert (segments.diff().view(3, 4) == selected * width).all()
