@@ -9,15 +9,18 @@ from mind_kernels.cross_entropy import FusedLinearCrossEntropy, fused_linear_cro
 from mind_kernels.kl import TAWeightedKL, ta_weighted_kl
 from mind_kernels.linear_kl import FusedLinearKL, fused_linear_kl
 from mind_kernels.log_softmax import MultiRationaleLogSoftmax, multi_rationale_log_softmax
+from mind_kernels.pruning import GradientPruning, PrunedChunk, record_pruning
 from mind_kernels.teachers import Teacher, TeacherHidden, TeacherLogits, TeacherTopK
 
 __all__ = [
     "AnswerConsistency",
     "FusedLinearCrossEntropy",
     "FusedLinearKL",
+    "GradientPruning",
     "MindLoss",
     "MindLossOutput",
     "MultiRationaleLogSoftmax",
+    "PrunedChunk",
     "TAWeightedKL",
     "Teacher",
     "TeacherHidden",
@@ -28,5 +31,6 @@ __all__ = [
     "fused_linear_kl",
     "mind_loss",
     "multi_rationale_log_softmax",
+    "record_pruning",
     "ta_weighted_kl",
 ]

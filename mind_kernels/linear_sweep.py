@@ -28,6 +28,8 @@ from torch import Tensor
 from mind_kernels.arguments import product_dtype, without_autocast
 from mind_kernels.chunking import Chunk, plan_chunks
 from mind_kernels.plan import RowLosses, SweepOptions, make_plan
+from mind_kernels.pruning import Columns, choose_columns
+from mind_kernels.pruning import grad_hidden_states as pruned_grad_hidden_states
 from mind_kernels.reduction import statistics_dtype
 from mind_kernels.teacher_rows import TILE, TeacherRows, has_wide_products, project
 from mind_kernels.teachers import TeacherHidden
@@ -52,6 +54,7 @@ class _WeightGradient:
     """
 
     def __init__(self, V: int, H: int, compute_dtype: torch.dtype, device: torch.device, single_chunk: bool):
+        self.rank_one: list[tuple[Tensor, Tensor]] = []  # (V,), (H,) of each pruned chunk
         direct = single_chunk or compute_dtype in (torch.float32, torch.float64)
         self.total = torch.empty(V, H, dtype=compute_dtype if direct else torch.float32, device=device)
         self.is_wide = not direct and has_wide_products(device)
@@ -72,8 +75,24 @@ class _WeightGradient:
                 total.copy_(partial) if self.empty else total.add_(partial)
         self.empty = False
 
+    def add_columns(self, columns: Columns, X: Tensor) -> None:
+        """The same for a pruned G: kept rows by index, each once, and what stands for the others."""
+        if self.empty:
+            self.total.zero_()
+        self.empty = False
+        dtype = self.total.dtype
+        partial = torch.empty(len(columns.kept), X.shape[1], dtype=dtype, device=X.device)
+        self.total.index_add_(0, columns.kept, project(columns.G.t(), X.t(), None, partial))  # (k, m) @ (m, H)
+        if columns.row_factor is not None and columns.column_mass is not None:
+            self.rank_one.append((columns.column_mass, torch.mv(X.to(dtype).t(), columns.row_factor)))
+
     def finish(self, dtype: torch.dtype) -> Tensor:
-        return self.total.zero_().to(dtype) if self.empty else self.total.to(dtype)
+        if self.empty:
+            self.total.zero_()
+        if self.rank_one:  # one pass over dW for all chunks: (V, chunks) @ (chunks, H)
+            left, right = (torch.stack(vectors) for vectors in zip(*self.rank_one, strict=True))
+            self.total.addmm_(left.t(), right)
+        return self.total.to(dtype)
 
 
 def sweep(
@@ -116,8 +135,9 @@ def sweep(
     )
     grad_hidden_states = torch.zeros_like(X_all) if need_grad_hidden_states else None
     weight_gradient = None
+    prunes_weight = options.pruning is not None and options.pruning.prune_weight_gradient
     if need_grad_weight:
-        single_chunk = sum(chunk.needs_gradient for chunk in chunks) <= 1
+        single_chunk = sum(chunk.needs_gradient for chunk in chunks) <= 1 and not prunes_weight
         weight_gradient = _WeightGradient(V, H, compute_dtype, device, single_chunk)
 
     losses_and_gradient_: Callable[[Tensor, Tensor, Chunk, TeacherRows | None], None]
@@ -143,10 +163,18 @@ def sweep(
             if options.teacher is not None:
                 teacher_rows = TeacherRows(options.teacher, options.kl, index, teacher_logits)
             losses_and_gradient_(z, G, chunk, teacher_rows)
-            if chunk.needs_gradient:
-                if grad_hidden_states is not None:
-                    grad_hidden_states[index] = torch.mm(G, W).to(X_all.dtype)  # (m, V) @ (V, H) -> (m, H)
-                if weight_gradient is not None:
+            if not chunk.needs_gradient:
+                continue
+            columns = None
+            if options.pruning is not None:
+                columns = choose_columns(G, plan.terms.labels[chunk.start : chunk.stop], options.pruning)
+            if grad_hidden_states is not None:
+                dX = torch.mm(G, W) if columns is None else pruned_grad_hidden_states(columns, W)
+                grad_hidden_states[index] = dX.to(X_all.dtype)  # (m, V) @ (V, H) -> (m, H)
+            if weight_gradient is not None:
+                if columns is not None and prunes_weight:
+                    weight_gradient.add_columns(columns, X)
+                else:
                     weight_gradient.add(G, X)
 
     run_chunks()  # and its buffers are gone before the weight gradient's downcast

@@ -22,11 +22,14 @@ from mind_kernels.kl.call import KLCall
 from mind_kernels.kl.function import kl_loss_and_gradients
 from mind_kernels.linear_sweep import LinearLosses, linear_loss_and_gradients
 from mind_kernels.plan import SweepOptions
+from mind_kernels.pruning import GradientPruning
 from mind_kernels.reduction import statistics_dtype
 from mind_kernels.teacher_rows import KLOptions
 from mind_kernels.teachers import TeacherHidden, TeacherLogits, TeacherTopK
 
-_TEACHERS = {kind.__name__: kind for kind in (TeacherHidden, TeacherLogits, TeacherTopK)}
+_NESTED = {
+    kind.__name__: kind for kind in (KLOptions, Rationales, GradientPruning, TeacherHidden, TeacherLogits, TeacherTopK)
+}
 
 
 def _pack(options: Any) -> tuple[list[Tensor | None], dict[str, Any]]:
@@ -41,7 +44,7 @@ def _pack(options: Any) -> tuple[list[Tensor | None], dict[str, Any]]:
             plain[name] = {"tensor": len(tensors) - 1}
         elif isinstance(value, torch.dtype):
             plain[name] = {"dtype": str(value).removeprefix("torch.")}
-        elif isinstance(value, KLOptions | Rationales | TeacherHidden | TeacherLogits | TeacherTopK):
+        elif isinstance(value, tuple(_NESTED.values())):
             inner, described = _pack(value)
             plain[name] = {"kind": type(value).__name__, "first": len(tensors), "fields": described}
             tensors += inner
@@ -63,8 +66,7 @@ def _unpack(kind: Any, tensors: Sequence[Tensor | None], plain: dict[str, Any]) 
         elif isinstance(value, dict) and "dtype" in value:
             value = getattr(torch, value["dtype"])
         elif isinstance(value, dict):
-            inner = {"KLOptions": KLOptions, "Rationales": Rationales, **_TEACHERS}[value["kind"]]
-            value = _unpack(inner, tensors[value["first"] :], value["fields"])
+            value = _unpack(_NESTED[value["kind"]], tensors[value["first"] :], value["fields"])
         elif isinstance(value, list):
             value = torch.Size(value)
         values[name] = value

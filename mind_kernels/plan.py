@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mind_kernels.chunking import Rows, order_rows, to_device
+from mind_kernels.pruning import GradientPruning
 from mind_kernels.reduction import RationaleReduction
 from mind_kernels.teacher_rows import KLOptions
 from mind_kernels.teachers import Teacher
@@ -38,6 +39,7 @@ class SweepOptions:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     logits_dtype: torch.dtype | None = None  # of the products' stored results; None: of the products
+    pruning: GradientPruning | None = None  # of the backward products
     max_logits_bytes: int | None = None
     backend: str = "torch"  # "torch" | "triton": what is done between the products
 

@@ -23,6 +23,7 @@ from mind_kernels.arguments import (
 )
 from mind_kernels.linear_sweep import linear_loss
 from mind_kernels.plan import SweepOptions
+from mind_kernels.pruning import GradientPruning, resolve_pruning
 from mind_kernels.teacher_rows import KLOptions
 from mind_kernels.teachers import Teacher
 
@@ -61,6 +62,7 @@ def mind_loss(
     temperature: float = 1.0,
     temperature_power: int = 2,
     num_questions: int | Tensor | None = None,
+    gradient_tolerance: float | GradientPruning = 0.0,
     max_logits_bytes: int | None = None,
     backend: str = "auto",
 ) -> MindLossOutput:
@@ -91,6 +93,7 @@ def mind_loss(
         max_logits_bytes, and where 16-bit products have no fp32 result (a CPU) fp32 products.
     divergence, beta, temperature, temperature_power: see fused_linear_kl.
     num_questions: int or 0-d tensor; B by default, the questions of the whole optimiser step under accumulation.
+    gradient_tolerance: as in fused_linear_cross_entropy; of the gradient of all terms together.
     max_logits_bytes: budget for the logits alive at once, 512 MiB by default; smaller is slower.
     backend: "auto" | "torch" | "triton", as in fused_linear_cross_entropy.
 
@@ -138,6 +141,7 @@ def mind_loss(
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         logits_dtype=logits_dtype,
+        pruning=resolve_pruning(gradient_tolerance),
         max_logits_bytes=max_logits_bytes,
         backend=choose_backend(backend, hidden_states, num_compared),
     )
@@ -171,6 +175,7 @@ class MindLoss(nn.Module):
         beta: float = 0.5,
         temperature: float = 1.0,
         temperature_power: int = 2,
+        gradient_tolerance: float | GradientPruning = 0.0,
         max_logits_bytes: int | None = None,
         backend: str = "auto",
     ):
@@ -186,6 +191,7 @@ class MindLoss(nn.Module):
             "beta": beta,
             "temperature": temperature,
             "temperature_power": temperature_power,
+            "gradient_tolerance": gradient_tolerance,
             "max_logits_bytes": max_logits_bytes,
             "backend": backend,
         }

@@ -17,6 +17,7 @@ from mind_kernels.arguments import (
 )
 from mind_kernels.linear_sweep import linear_loss
 from mind_kernels.plan import SweepOptions
+from mind_kernels.pruning import GradientPruning, resolve_pruning
 from mind_kernels.teacher_rows import KLOptions
 
 __all__ = ["FusedLinearCrossEntropy", "fused_linear_cross_entropy"]
@@ -36,6 +37,7 @@ def fused_linear_cross_entropy(
     logits_dtype: torch.dtype | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    gradient_tolerance: float | GradientPruning = 0.0,
     max_logits_bytes: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -59,6 +61,9 @@ def fused_linear_cross_entropy(
     logits_dtype: of the logits as they are stored, None for the dtype of the products. torch.float32 beside 16-bit
         products leaves their rounding out of the loss and the gradients: 6 bytes a logit instead of 2 within
         max_logits_bytes, and where 16-bit products have no fp32 result (a CPU) fp32 products.
+    gradient_tolerance: 0 (the exact dense backward), or how much of each chunk's logit gradient, by its Frobenius norm,
+        the backward products may leave out: 2**-9 is a start for a trained student. A GradientPruning says more; see
+        pruning.py for the certificate, the correction, and when a chunk stays dense.
     max_logits_bytes: budget for the logits alive at once, 512 MiB by default; smaller is slower.
     backend: "auto" (Triton kernels on a GPU where the package triton is installed, but for fp64; PyTorch elsewhere) |
         "torch" | "triton", which raises where it cannot be.
@@ -92,6 +97,7 @@ def fused_linear_cross_entropy(
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         logits_dtype=logits_dtype,
+        pruning=resolve_pruning(gradient_tolerance),
         max_logits_bytes=max_logits_bytes,
         backend=choose_backend(backend, hidden_states),
     )
@@ -110,6 +116,7 @@ class FusedLinearCrossEntropy(nn.Module):
         logits_dtype: torch.dtype | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
+        gradient_tolerance: float | GradientPruning = 0.0,
         max_logits_bytes: int | None = None,
         backend: str = "auto",
     ):
@@ -119,6 +126,7 @@ class FusedLinearCrossEntropy(nn.Module):
         self.logits_dtype = logits_dtype
         self.ignore_index = ignore_index
         self.reduction = reduction
+        self.gradient_tolerance = gradient_tolerance
         self.max_logits_bytes = max_logits_bytes
         self.backend = backend
 
@@ -146,6 +154,7 @@ class FusedLinearCrossEntropy(nn.Module):
             logits_dtype=self.logits_dtype,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+            gradient_tolerance=self.gradient_tolerance,
             max_logits_bytes=self.max_logits_bytes,
             backend=self.backend,
         )

@@ -19,6 +19,7 @@ from mind_kernels.arguments import (
 )
 from mind_kernels.linear_sweep import linear_loss
 from mind_kernels.plan import SweepOptions
+from mind_kernels.pruning import GradientPruning, resolve_pruning
 from mind_kernels.teacher_rows import KLOptions
 from mind_kernels.teachers import Teacher
 
@@ -44,6 +45,7 @@ def fused_linear_kl(
     logits_dtype: torch.dtype | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    gradient_tolerance: float | GradientPruning = 0.0,
     max_logits_bytes: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -92,6 +94,7 @@ def fused_linear_kl(
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         logits_dtype=logits_dtype,
+        pruning=resolve_pruning(gradient_tolerance),
         max_logits_bytes=max_logits_bytes,
         backend=choose_backend(backend, hidden_states),
     )
@@ -114,6 +117,7 @@ class FusedLinearKL(nn.Module):
         logits_dtype: torch.dtype | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
+        gradient_tolerance: float | GradientPruning = 0.0,
         max_logits_bytes: int | None = None,
         backend: str = "auto",
     ):
@@ -127,6 +131,7 @@ class FusedLinearKL(nn.Module):
         self.logits_dtype = logits_dtype
         self.ignore_index = ignore_index
         self.reduction = reduction
+        self.gradient_tolerance = gradient_tolerance
         self.max_logits_bytes = max_logits_bytes
         self.backend = backend
 
@@ -160,6 +165,7 @@ class FusedLinearKL(nn.Module):
             logits_dtype=self.logits_dtype,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+            gradient_tolerance=self.gradient_tolerance,
             max_logits_bytes=self.max_logits_bytes,
             backend=self.backend,
         )
