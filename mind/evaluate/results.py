@@ -1,0 +1,213 @@
+"""Accuracies with their intervals, the file of an evaluation, and the paired comparison of two.
+
+The file, as `mind evaluate --output` writes it:
+
+    {"format": "mind evaluation", "version": 1, "student": …, "backend": …, "answer_suffix": …, "instruction": …,
+     "max_new_tokens": …, "dtype": …, "seed": …, "versions": {…}, "seconds": …,
+     "tasks": {"gsm8k": {"distribution": "in", "source": …, "questions": 1319, "answered": 0.98, "accuracy": 0.31,
+                         "interval": [0.29, 0.34],
+                         "answers": [{"id", "question", "wanted", "given", "correct", "output"}, …]}, …},
+     "in": {"accuracy": …, "interval": […]}, "out": {…}}
+
+`answered` is the share of outputs in which an answer was found where training puts it. "in" and "out" are the means
+over the tasks in and out of the training distribution, null where there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from mind.bootstrap import LEVEL, bootstrap_means, interval
+from mind.report import write_whole
+
+FORMAT, VERSION = "mind evaluation", 1
+DISTRIBUTIONS = {"in": "in distribution", "out": "out of distribution"}
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot be read, made or compared. One line."""
+
+
+def task_result(answers: Sequence[Mapping[str, Any]], *, name: str, distribution: str, source: str, seed: int) -> dict:
+    """One task's part of the file."""
+    correct = [float(answer["correct"]) for answer in answers]
+    return {
+        "distribution": distribution,
+        "source": source,
+        "questions": len(answers),
+        "answered": sum(answer["given"] is not None for answer in answers) / len(answers),
+        "accuracy": sum(correct) / len(correct),
+        "interval": interval(bootstrap_means(correct, name, seed)),
+        "answers": list(answers),
+    }
+
+
+def averages(tasks: Mapping[str, Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    """{"in": …, "out": …}: the mean accuracy over the tasks of a distribution; questions are drawn within each task."""
+    result: dict[str, Any] = {}
+    for distribution in DISTRIBUTIONS:
+        chosen = {name: task for name, task in tasks.items() if task["distribution"] == distribution}
+        result[distribution] = None
+        if chosen:
+            draws = [bootstrap_means(_correct(task), name, seed) for name, task in chosen.items()]
+            mean = sum(task["accuracy"] for task in chosen.values()) / len(chosen)
+            result[distribution] = {"accuracy": mean, "interval": interval(np.mean(draws, axis=0))}
+    return result
+
+
+def write_evaluation(path: str | os.PathLike[str], evaluation: Mapping[str, Any]) -> None:
+    """Writes the file whole or not at all."""
+    write_whole(Path(path), json.dumps(evaluation, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_evaluation(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """An evaluation file.
+
+    Raises: EvaluationError when it cannot be read, or was not written by `mind evaluate` of this version.
+    """
+    try:
+        evaluation = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EvaluationError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise EvaluationError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(evaluation, dict) or evaluation.get("format") != FORMAT:
+        raise EvaluationError(f"{path}: is no evaluation, want a file that mind evaluate wrote")
+    if evaluation.get("version") != VERSION:
+        raise EvaluationError(f"{path}: is an evaluation of version {evaluation.get('version')!r}, want {VERSION}")
+    answer_fields = {"id", "question", "wanted", "given", "correct", "output"}
+    tasks = evaluation.get("tasks")
+    if (
+        not isinstance(tasks, dict)
+        or not tasks
+        or any(
+            not isinstance(task, dict)
+            or task.get("distribution") not in DISTRIBUTIONS
+            or not task.get("answers")
+            or any(set(answer) != answer_fields for answer in task["answers"])
+            for task in tasks.values()
+        )
+    ):
+        raise EvaluationError(f"{path}: its tasks are not what mind evaluate writes, the file was changed")
+    return evaluation
+
+
+def compare(path_a: str | os.PathLike[str], path_b: str | os.PathLike[str], *, seed: int = 0) -> dict[str, Any]:
+    """B's accuracy minus A's on each task of both, question by question, with the interval of that difference.
+
+    {"a": …, "b": …,
+     "tasks": {name: {"distribution", "questions", "a", "b", "difference", "interval", "gained", "lost"}, …},
+     "in": {"difference", "interval"}, "out": …, "forgetting": …, "only_in_a": […], "only_in_b": […],
+     "settings": {name: [a's, b's]}}
+
+    gained, lost: questions that only B, only A answers. The bootstrap draws questions, so what is hard for both does
+    not widen the interval. "forgetting" is "out"'s difference: with A before training and B after, below 0 when
+    training made the student forget. "settings" holds what differs in how the two were made.
+
+    Raises: EvaluationError when a file cannot be read, or the two have no task or not the same questions in common.
+    """
+    a, b = read_evaluation(path_a), read_evaluation(path_b)
+    shared = [name for name in a["tasks"] if name in b["tasks"]]
+    if not shared:
+        raise EvaluationError(
+            f"{path_a} has the tasks {', '.join(a['tasks'])} and {path_b} has {', '.join(b['tasks'])}, want one of both"
+        )
+    tasks: dict[str, Any] = {}
+    draws: dict[str, list[np.ndarray]] = {distribution: [] for distribution in DISTRIBUTIONS}
+    for name in shared:
+        task_a, task_b = a["tasks"][name], b["tasks"][name]
+        answers_b = {_identity(answer): answer for answer in task_b["answers"]}
+        for first, second, path in ((task_a, task_b, path_b), (task_b, task_a, path_a)):
+            known = {_identity(answer) for answer in second["answers"]}
+            for answer in first["answers"]:
+                if _identity(answer) not in known:
+                    raise EvaluationError(
+                        f"{path}: task {name} lacks the question {answer['id']!r} of the other, want the same questions"
+                    )
+        pairs = [(answer["correct"], answers_b[_identity(answer)]["correct"]) for answer in task_a["answers"]]
+        differences = [float(after) - float(before) for before, after in pairs]
+        means = bootstrap_means(differences, name, seed)
+        draws[task_a["distribution"]].append(means)
+        tasks[name] = {
+            "distribution": task_a["distribution"],
+            "questions": len(pairs),
+            "a": task_a["accuracy"],
+            "b": task_b["accuracy"],
+            "difference": sum(differences) / len(pairs),
+            "interval": interval(means),
+            "gained": differences.count(1.0),
+            "lost": differences.count(-1.0),
+        }
+    result: dict[str, Any] = {"a": str(path_a), "b": str(path_b), "tasks": tasks}
+    for distribution, means_of_tasks in draws.items():
+        own = [task["difference"] for task in tasks.values() if task["distribution"] == distribution]
+        result[distribution] = None
+        if own:
+            mean = sum(own) / len(own)
+            result[distribution] = {"difference": mean, "interval": interval(np.mean(means_of_tasks, axis=0))}
+    result["forgetting"] = None if result["out"] is None else result["out"]["difference"]
+    result["only_in_a"] = [name for name in a["tasks"] if name not in shared]
+    result["only_in_b"] = [name for name in b["tasks"] if name not in shared]
+    names = ("backend", "dtype", "answer_suffix", "instruction", "max_new_tokens", "versions")
+    result["settings"] = {name: [a.get(name), b.get(name)] for name in names if a.get(name) != b.get(name)}
+    return result
+
+
+def evaluation_table(evaluation: Mapping[str, Any]) -> Table:
+    """One line a task, then the means in and out of distribution."""
+    table = Table(title=f"{evaluation['student']}: accuracy and its {LEVEL:.0%} interval", title_justify="left")
+    for column in ("task", "distribution", "questions", "answered", "accuracy", "interval"):
+        table.add_column(column, justify="left" if column in ("task", "distribution") else "right")
+    for name, task in evaluation["tasks"].items():
+        cells = (name, task["distribution"], str(task["questions"]), f"{task['answered']:.1%}")
+        table.add_row(*cells, f"{task['accuracy']:.1%}", _range(task["interval"], "{:.1%}"))
+    table.add_section()
+    for distribution, title in DISTRIBUTIONS.items():
+        mean = evaluation[distribution]
+        if mean is not None:
+            shares = (f"{mean['accuracy']:.1%}", _range(mean["interval"], "{:.1%}"))
+            table.add_row(f"mean {title}", "", "", "", *shares, style="bold")
+    return table
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> Table:
+    """One line a task, then the mean differences; points are percentage points."""
+    title = f"{comparison['b']} minus {comparison['a']}, question by question"
+    table = Table(title=title, title_justify="left")
+    for column in ("task", "distribution", "questions", "A", "B", "gained", "lost", "B − A, points", "interval"):
+        table.add_column(column, justify="left" if column in ("task", "distribution") else "right")
+    for name, task in comparison["tasks"].items():
+        cells = [name, task["distribution"], str(task["questions"]), f"{task['a']:.1%}", f"{task['b']:.1%}"]
+        cells += [str(task["gained"]), str(task["lost"]), f"{100 * task['difference']:+.1f}"]
+        table.add_row(*cells, _points(task["interval"]))
+    table.add_section()
+    for distribution, title in DISTRIBUTIONS.items():
+        mean = comparison[distribution]
+        if mean is not None:
+            title = f"mean {title}" + (" (forgetting where < 0)" if distribution == "out" else "")
+            cells = [title, *[""] * 6, f"{100 * mean['difference']:+.1f}", _points(mean["interval"])]
+            table.add_row(*cells, style="bold")
+    return table
+
+
+def _correct(task: Mapping[str, Any]) -> list[float]:
+    return [float(answer["correct"]) for answer in task["answers"]]
+
+
+def _identity(answer: Mapping[str, Any]) -> tuple[str, str, str]:
+    return answer["id"], answer["question"], answer["wanted"]
+
+
+def _points(bounds: Sequence[float]) -> str:
+    return _range([100 * bound for bound in bounds], "{:+.1f}")
+
+
+def _range(bounds: Sequence[float], form: str) -> str:
+    return " … ".join(form.format(bound) for bound in bounds)
