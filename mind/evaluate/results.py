@@ -82,19 +82,8 @@ def read_evaluation(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise EvaluationError(f"{path}: is no evaluation, want a file that mind evaluate wrote")
     if evaluation.get("version") != VERSION:
         raise EvaluationError(f"{path}: is an evaluation of version {evaluation.get('version')!r}, want {VERSION}")
-    answer_fields = {"id", "question", "wanted", "given", "correct", "output"}
     tasks = evaluation.get("tasks")
-    if (
-        not isinstance(tasks, dict)
-        or not tasks
-        or any(
-            not isinstance(task, dict)
-            or task.get("distribution") not in DISTRIBUTIONS
-            or not task.get("answers")
-            or any(set(answer) != answer_fields for answer in task["answers"])
-            for task in tasks.values()
-        )
-    ):
+    if not isinstance(tasks, dict) or not tasks or not all(map(_is_task, tasks.values())):
         raise EvaluationError(f"{path}: its tasks are not what mind evaluate writes, the file was changed")
     return evaluation
 
@@ -138,8 +127,8 @@ def compare(path_a: str | os.PathLike[str], path_b: str | os.PathLike[str], *, s
         tasks[name] = {
             "distribution": task_a["distribution"],
             "questions": len(pairs),
-            "a": task_a["accuracy"],
-            "b": task_b["accuracy"],
+            "a": sum(_correct(task_a)) / len(pairs),
+            "b": sum(_correct(task_b)) / len(pairs),
             "difference": sum(differences) / len(pairs),
             "interval": interval(means),
             "gained": differences.count(1.0),
@@ -195,6 +184,16 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
             cells = [title, *[""] * 6, f"{100 * mean['difference']:+.1f}", _points(mean["interval"])]
             table.add_row(*cells, style="bold")
     return table
+
+
+def _is_task(task: Any) -> bool:
+    fields = {"id", "question", "wanted", "given", "correct", "output"}
+    if not isinstance(task, dict) or task.get("distribution") not in DISTRIBUTIONS:
+        return False
+    answers = task.get("answers")
+    return (
+        isinstance(answers, list) and answers != [] and all(isinstance(a, dict) and set(a) == fields for a in answers)
+    )
 
 
 def _correct(task: Mapping[str, Any]) -> list[float]:

@@ -209,7 +209,7 @@ def _heat_maps(
     shown = [run for run in runs if any(curve(run.history, f"{kind}/{name}")[0] for name in run.perspectives)]
     if not shown:
         return None
-    tables = [_table(run, kind, names) for run in shown]
+    tables = [heat_table(run, kind, names) for run in shown]
     if limits is None:
         limits = min(np.nanmin(table) for table, _ in tables), max(np.nanmax(table) for table, _ in tables)
     figure = Figure(figsize=(max(WIDTH, 2.2 + 4.0 * len(shown)), max(2.8, 1.2 + 0.33 * len(names))))
@@ -231,7 +231,7 @@ def _heat_maps(
     return figure
 
 
-def _table(run: Run, kind: str, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def heat_table(run: Run, kind: str, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """((perspectives, columns) means, (columns + 1,) edges in steps), NaN where nothing was measured."""
     steps = sorted({entry["step"] for entry in run.history if any(f"{kind}/{name}" in entry for name in names)})
     groups = [group for group in np.array_split(np.asarray(steps), min(MAX_COLUMNS, len(steps))) if len(group)]
