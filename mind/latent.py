@@ -197,6 +197,4 @@ def cluster(states: np.ndarray, labels: np.ndarray, perspectives: tuple[str, ...
 
 def _require_scikit_learn() -> None:
     if importlib.util.find_spec("sklearn") is None:
-        raise ValueError(
-            "mind report --latent needs scikit-learn, which is not installed: pip install 'mind[evaluate]'"
-        )
+        raise ValueError("mind report --latent needs scikit-learn, which is not installed: pip install scikit-learn")

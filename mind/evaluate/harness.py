@@ -228,7 +228,7 @@ def _answer(sample: Mapping[str, Any], prompt_format: PromptFormat) -> dict[str,
 
 def _import_harness() -> Any:
     if importlib.util.find_spec("lm_eval") is None:
-        raise EvaluationError("mind evaluate needs lm-eval, which is not installed: pip install 'mind[evaluate]'")
+        raise EvaluationError("mind evaluate needs lm-eval, which is not installed: pip install lm-eval")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is done here on purpose
     import lm_eval
     import lm_eval.tasks

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE
 from rich.table import Table
+from rich.text import Text
 
 from mind.bootstrap import LEVEL, bootstrap_means, interval
 from mind.report import write_whole
@@ -150,40 +152,63 @@ def compare(path_a: str | os.PathLike[str], path_b: str | os.PathLike[str], *, s
 
 
 def evaluation_table(evaluation: Mapping[str, Any]) -> Table:
-    """One line a task, then the means in and out of distribution."""
-    table = Table(title=f"{evaluation['student']}: accuracy and its {LEVEL:.0%} interval", title_justify="left")
-    for column in ("task", "distribution", "questions", "answered", "accuracy", "interval"):
-        table.add_column(column, justify="left" if column in ("task", "distribution") else "right")
-    for name, task in evaluation["tasks"].items():
-        cells = (name, task["distribution"], str(task["questions"]), f"{task['answered']:.1%}")
-        table.add_row(*cells, f"{task['accuracy']:.1%}", _range(task["interval"], "{:.1%}"))
-    table.add_section()
+    """The tasks in distribution and their mean, then those out of it; n questions, percentages, intervals."""
+    table = _table(f"{evaluation['student']}", ("answered", f"accuracy [{LEVEL:.0%}]"))
     for distribution, title in DISTRIBUTIONS.items():
-        mean = evaluation[distribution]
-        if mean is not None:
-            shares = (f"{mean['accuracy']:.1%}", _range(mean["interval"], "{:.1%}"))
-            table.add_row(f"mean {title}", "", "", "", *shares, style="bold")
+        rows = {
+            name: [str(task["questions"]), f"{100 * task['answered']:.1f}", _with_interval(task, "accuracy", ".1f")]
+            for name, task in evaluation["tasks"].items()
+            if task["distribution"] == distribution
+        }
+        if rows:
+            _add(table, title, rows, "mean", ["", "", _with_interval(evaluation[distribution], "accuracy", ".1f")])
     return table
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> Table:
-    """One line a task, then the mean differences; points are percentage points."""
-    title = f"{comparison['b']} minus {comparison['a']}, question by question"
-    table = Table(title=title, title_justify="left")
-    for column in ("task", "distribution", "questions", "A", "B", "gained", "lost", "B − A, points", "interval"):
-        table.add_column(column, justify="left" if column in ("task", "distribution") else "right")
-    for name, task in comparison["tasks"].items():
-        cells = [name, task["distribution"], str(task["questions"]), f"{task['a']:.1%}", f"{task['b']:.1%}"]
-        cells += [str(task["gained"]), str(task["lost"]), f"{100 * task['difference']:+.1f}"]
-        table.add_row(*cells, _points(task["interval"]))
-    table.add_section()
-    for distribution, title in DISTRIBUTIONS.items():
-        mean = comparison[distribution]
-        if mean is not None:
-            title = f"mean {title}" + (" (forgetting where < 0)" if distribution == "out" else "")
-            cells = [title, *[""] * 6, f"{100 * mean['difference']:+.1f}", _points(mean["interval"])]
-            table.add_row(*cells, style="bold")
+    """As `evaluation_table`: A and B in percent, their difference in percentage points."""
+    title = f"A: {comparison['a']}\nB: {comparison['b']}"
+    table = _table(title, ("A", "B", "gained", "lost", f"B − A [{LEVEL:.0%}]"))
+    for distribution, heading in DISTRIBUTIONS.items():
+        rows = {
+            name: [
+                str(task["questions"]),
+                f"{100 * task['a']:.1f}",
+                f"{100 * task['b']:.1f}",
+                str(task["gained"]),
+                str(task["lost"]),
+                _with_interval(task, "difference", "+.1f"),
+            ]
+            for name, task in comparison["tasks"].items()
+            if task["distribution"] == distribution
+        }
+        if rows:
+            mean = "mean" if distribution == "in" else "mean (forgetting)"
+            cells = ["", "", "", "", "", _with_interval(comparison[distribution], "difference", "+.1f")]
+            _add(table, heading, rows, mean, cells)
     return table
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    # Eighty columns hold the widest of these tables.
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE)
+    table.add_column("", no_wrap=True)
+    for column in ("n", *columns):
+        table.add_column(Text(column), justify="right", no_wrap=True)
+    return table
+
+
+def _add(table: Table, heading: str, rows: Mapping[str, Sequence[str]], mean: str, cells: Sequence[str]) -> None:
+    table.add_section()
+    table.add_row(heading, style="italic")
+    for name, row in rows.items():
+        table.add_row(Text(f"  {name}"), *map(Text, row))
+    table.add_row(f"  {mean}", *map(Text, cells), style="bold")
+
+
+def _with_interval(part: Mapping[str, Any], key: str, form: str) -> str:
+    low, high = (format(100 * bound, form) for bound in part["interval"])
+    return f"{100 * part[key]:{form}} [{low}, {high}]"
 
 
 def _is_task(task: Any) -> bool:
@@ -202,11 +227,3 @@ def _correct(task: Mapping[str, Any]) -> list[float]:
 
 def _identity(answer: Mapping[str, Any]) -> tuple[str, str, str]:
     return answer["id"], answer["question"], answer["wanted"]
-
-
-def _points(bounds: Sequence[float]) -> str:
-    return _range([100 * bound for bound in bounds], "{:+.1f}")
-
-
-def _range(bounds: Sequence[float], form: str) -> str:
-    return " … ".join(form.format(bound) for bound in bounds)
