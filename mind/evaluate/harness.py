@@ -257,8 +257,12 @@ def _vllm_model(student: str, dtype: str) -> Any:
     from transformers import AutoTokenizer
 
     folder = str(dense_student(student)) if student in BUILTIN_STUDENTS else student
-    add_bos_token = _bos(AutoTokenizer.from_pretrained(folder))
-    return VLLM(pretrained=folder, dtype=dtype, batch_size="auto", add_bos_token=add_bos_token)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise EvaluationError(f"student {student!r} has no tokenizer that can be loaded: {reason}") from error
+    return VLLM(pretrained=folder, dtype=dtype, batch_size="auto", add_bos_token=_bos(tokenizer))
 
 
 def _bos(tokenizer: Any) -> bool | None:

@@ -22,6 +22,7 @@ from typing import Any
 METRICS_FILE, LOG_FILE = "metrics.json", "log.jsonl"
 METRICS_VERSION = 1  # of a file that names none, too
 _MEASUREMENT = {"accuracy", "answers", "perspective_loss", "perspective_score"}
+_ANSWER = {"id", "wanted", "given", "correct"}
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,27 @@ def _read_run(folder: str, name: str) -> Run:
     if metrics is None:
         raise ValueError(f"{path}: no such file, want the output_dir of a run of mind train")
     for when in ("before", "after"):
-        measurement = metrics.get(when, metrics["before"])  # a run that was stopped has no "after"
-        if not isinstance(measurement, dict) or not _MEASUREMENT.issubset(measurement):
-            raise ValueError(f"{path}: {when!r} is no measurement, want {', '.join(sorted(_MEASUREMENT))}")
+        # A run that was stopped has no "after".
+        if not _is_measurement(metrics.get(when, metrics["before"]), like=metrics["before"]):
+            raise ValueError(f"{path}: {when!r} is no measurement that mind train wrote")
     return Run(name, metrics, read_log(folder))
+
+
+def _is_measurement(measurement: Any, like: Mapping[str, Any]) -> bool:
+    """Whether it has a measurement's parts, and answers to the same questions."""
+    if not isinstance(measurement, dict) or not _MEASUREMENT.issubset(measurement):
+        return False
+    answers, losses = measurement["answers"] or [], measurement["perspective_loss"]
+    scores = measurement["perspective_score"] or {}
+    return (
+        isinstance(answers, list)
+        and all(isinstance(answer, dict) and _ANSWER.issubset(answer) for answer in answers)
+        and [answer["id"] for answer in answers] == [answer["id"] for answer in like["answers"] or []]
+        and isinstance(losses, dict)
+        and isinstance(scores, dict)
+        and losses.keys() >= scores.keys()
+        and all(isinstance(value, int | float) for value in (*losses.values(), *scores.values()))
+    )
 
 
 def write_metrics(folder: str | os.PathLike[str], metrics: Mapping[str, Any]) -> None:

@@ -152,10 +152,11 @@ def correlation(runs: Sequence[Run]) -> Figure | None:
     left, right = figure.subplots(1, 2)
     for run in scored:
         _line(left, curve(run.history, "rank_correlation"), colour_of(runs, run), run.name)
-        measurement = run.metrics.get("after", run.metrics["before"])
-        scores = measurement["perspective_score"] or {}
-        points = {name: (measurement["perspective_loss"][name], score) for name, score in scores.items()}
-        right.plot(*zip(*points.values(), strict=True), "o", color=colour_of(runs, run))
+        after = run.metrics.get("after") or {"perspective_loss": {}, "perspective_score": None}
+        scores = after["perspective_score"] or {}
+        points = {name: (after["perspective_loss"][name], score) for name, score in scores.items()}
+        for point in points.values():
+            right.plot(*point, "o", color=colour_of(runs, run))
         if len(scored) == 1:
             _label(right, points)
     left.axhline(-1, color="#999999", linestyle=":", linewidth=1)

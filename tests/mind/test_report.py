@@ -179,6 +179,11 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
+def changed(**parts: dict[str, Any]) -> str:
+    """metrics.json with a measurement of which some parts are wrong."""
+    return json.dumps({"before": measurement(), **{when: measurement() | part for when, part in parts.items()}})
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -187,7 +192,12 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("metrics.json", '{"before": ', "metrics.json: is not JSON: "),
         ("metrics.json", "[1]", "metrics.json: has no 'before'"),
         ("metrics.json", '{"version": 2, "before": {}}', "metrics.json: is of version 2, want 1"),
-        ("metrics.json", '{"before": {}}', "metrics.json: 'before' is no measurement, want accuracy, answers, "),
+        ("metrics.json", '{"before": {}}', "metrics.json: 'before' is no measurement that mind train wrote"),
+        ("metrics.json", changed(before={"answers": [{"id": "q"}]}), "metrics.json: 'before' is no measurement"),
+        ("metrics.json", changed(before={"answers": 3}), "metrics.json: 'before' is no measurement"),
+        ("metrics.json", changed(before={"perspective_loss": {"a": "x"}}), "metrics.json: 'before' is no measurement"),
+        ("metrics.json", changed(after={"perspective_score": {"a": 1.0}}), "metrics.json: 'after' is no measurement"),
+        ("metrics.json", changed(after=measurement([1])), "metrics.json: 'after' is no measurement"),
         ("log.jsonl", None, "log.jsonl: cannot be read: No such file or directory; want a run of mind train"),
         ("log.jsonl", '{"step": 1}\n{"ste', "log.jsonl:2: is not JSON: "),
         ("log.jsonl", '{"loss": 1}', "log.jsonl:1: has no step"),
