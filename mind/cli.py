@@ -1,4 +1,4 @@
-"""The console script `mind`: `mind train` distils a student, `mind problems` writes generated problems to a file.
+"""The console script `mind` and its commands.
 
 Every field of `RunArguments` and `MindConfig` is a flag of `mind train` and a key of its YAML file. A value in the file
 is read as the same flag would read it, so it may be written as on the command line; the flags win.
@@ -20,12 +20,21 @@ BAD_INPUT = 2  # exit status
 USAGE = """usage: mind <command> [--help] …
 
   mind train      distil a student from rationales of several perspectives
+  mind evaluate   measure a student on benchmarks or your questions, or compare two measurements
+  mind report     show runs side by side on one HTML page
   mind problems   write generated word problems, eight rationales each, to a JSONL file
 """
 
 
 class UsageError(ValueError):
     """The command line or its YAML file cannot be used. One line."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose errors are a UsageError, one line without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
 
 
 @dataclass
@@ -105,8 +114,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from mind.problems.__main__ import main as problems
 
             return problems(rest)
+        elif command == "evaluate":
+            from mind.evaluate.command import main as evaluate
+
+            evaluate(rest)
+        elif command == "report":
+            from mind.report.command import main as report
+
+            report(rest)
         else:
-            raise UsageError(f"given command {command!r}, want train or problems")
+            raise UsageError(f"given command {command!r}, want train, evaluate, report or problems")
     except (ValueError, TypeError) as error:
         if not _is_ours(error):
             raise

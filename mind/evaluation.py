@@ -67,7 +67,7 @@ def measure_accuracy(
             f"exceed the model's {positions} positions"
         )
 
-    stop_ids = _stop_ids(model, tokenizer)
+    stop_ids = generation_stop_ids(model, tokenizer)
     outputs = [""] * len(records)
     with (
         torch.no_grad(),
@@ -91,7 +91,7 @@ def measure_accuracy(
     return AccuracyResult(sum(correct) / len(correct), correct, answers, outputs)
 
 
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def generation_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The end of the turn that training teaches, and what else ends this model's texts."""
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     own = own if isinstance(own, list) else [own]

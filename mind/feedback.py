@@ -35,6 +35,7 @@ def summarise(
         symmetric KL in mcc_kd; `kl` only with a teacher)
     selected_rationales: |I| per question. weight_entropy: of α, per question
     supervised_tokens_per_second
+    perspective_selected/<name>: the share of its rationales that were selected
     perspective_loss/<name>: the student's mean token cross-entropy, over the rationales that were measured
     and with a teaching assistant:
     perspective_score/<name>. meta_loss: L_meta. rank_correlation: of score and loss, −1 when perfectly calibrated
@@ -55,6 +56,7 @@ def summarise(
     totals["weight_entropy"] = (torch.special.entr(weights).sum().item(), len(weights))
     totals["supervised_tokens_per_second"] = (tokens, seconds)
     for k, name in enumerate(perspectives):
+        totals[f"perspective_selected/{name}"] = ((weights[:, k] > 0).sum().item(), mask[:, k].sum().item())
         totals[f"perspective_loss/{name}"] = (losses[measured[:, k], k].sum().item(), measured[:, k].sum().item())
     if config.uses_assistant:
         scores = torch.cat([item.scores for item in feedback if item.scores is not None])

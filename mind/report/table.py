@@ -1,0 +1,34 @@
+"""The measurements of a run as a table on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+
+def table(metrics: Mapping[str, Any]) -> Table:
+    """The measurements before and after, side by side."""
+    before, after = metrics["before"], metrics["after"]
+    result = Table(title=f"{metrics['student']}, method {metrics['method']}", title_justify="left")
+    result.add_column("")
+    for column in ("before", "after", "change"):
+        result.add_column(column, justify="right")
+    if before["accuracy"] is not None:
+        count = len(before["answers"])
+        change = 100 * (after["accuracy"] - before["accuracy"])
+        shares = (f"{100 * measured['accuracy']:.1f} %" for measured in (before, after))
+        result.add_row(f"accuracy on {count} held-out questions", *shares, f"{change:+.1f} %", style="bold")
+    for kind, title in (
+        ("loss", "student's loss, nats per token"),
+        ("score", "assistant's score (before: untrained)"),
+    ):
+        if before[f"perspective_{kind}"] is None:
+            continue
+        result.add_section()
+        result.add_row(f"{title}, {metrics['measured_on']}", style="italic")
+        for name, old in before[f"perspective_{kind}"].items():
+            new = after[f"perspective_{kind}"][name]
+            result.add_row("  " + name, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
+    return result
