@@ -40,7 +40,7 @@ def logit_gradient(kind: str, m: int, V: int, seed: int) -> tuple[Tensor, Tensor
     return G * {"huge": 1e15, "tiny": 1e-15, "zero": 0.0}.get(kind, 1.0), targets
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     m=st.integers(1, 70),
@@ -98,7 +98,7 @@ def losses(case: MindCase) -> dict[str, Callable[..., Tensor]]:
     def cross_entropy(**more):
         return fused_linear_cross_entropy(x, w, case.shift_labels, logit_softcap=30.0, **common, **more)[0]
 
-    teacher = TeacherLogits(1.3 * (x @ w.t()).detach())  # surer than the student, of much the same
+    teacher = TeacherLogits((x @ w.t()).detach().roll(1, dims=-2))  # as sure, of other tokens
 
     def linear_kl(**more):
         return fused_linear_kl(x, w, teacher, case.shift_labels, **common, **more)[0]
