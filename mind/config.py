@@ -97,6 +97,13 @@ class MindConfig(TrainingArguments):
     max_logits_bytes: int | None = field(
         default=None, metadata={"help": "Memory budget of the loss for logits, in bytes. Default: the kernels' own."}
     )
+    gradient_tolerance: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share, in [0, 1), of the logit gradient's norm that the loss's backward pass may leave out; 0: "
+            "none, the exact gradient. 0.002 halves the cost of the loss for a trained student."
+        },
+    )
 
     # LoRA
     use_lora: bool = field(default=False, metadata={"help": "Train LoRA adapters on all linear layers only."})
@@ -148,7 +155,7 @@ class MindConfig(TrainingArguments):
             self._want(name, getattr(self, name) > 0, "a positive number")
         for name in ("consistency_weight", "kl_weight", "assistant_warmup_epochs"):
             self._want(name, getattr(self, name) >= 0, "a number that is not negative")
-        for name in ("assistant_dropout", "lora_dropout", "loss_ema"):
+        for name in ("assistant_dropout", "lora_dropout", "loss_ema", "gradient_tolerance"):
             self._want(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
         self._want("beta", 0 <= self.beta <= 1, "a number in [0, 1]")
         self._want("kl_beta", 0 < self.kl_beta < 1, "a number in (0, 1)")

@@ -12,6 +12,7 @@ from torch import Tensor
 from mind.assistant import calibration_loss, rank_correlation
 from mind.collator import QuestionBatch
 from mind.config import MindConfig
+from mind_kernels import PrunedChunk
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Feedback:
     losses: Tensor  # (B, K) fp32 nats per token, on the student's device; read only where measured
     measured: Tensor  # (B, K) bool
     parts: Tensor  # (3,) cross-entropy, consistency, KL: shares of the optimiser step's, on the student's device
+    pruned: Sequence[PrunedChunk] = ()  # with gradient_tolerance: what became of each chunk of logits
 
 
 def summarise(
@@ -35,6 +37,8 @@ def summarise(
         symmetric KL in mcc_kd; `kl` only with a teacher)
     selected_rationales: |I| per question. weight_entropy: of α, per question
     supervised_tokens_per_second
+    with gradient_tolerance, per row of logits with a gradient: kept_share of the vocabulary in the backward products,
+        certificate (the dropped part of the logit gradient's norm), dense_share (rows in chunks that stayed dense)
     perspective_selected/<name>: the share of its rationales that were selected
     perspective_loss/<name>: the student's mean token cross-entropy, over the rationales that were measured
     and with a teaching assistant:
@@ -55,6 +59,12 @@ def summarise(
     totals["selected_rationales"] = ((weights > 0).sum().item(), len(weights))
     totals["weight_entropy"] = (torch.special.entr(weights).sum().item(), len(weights))
     totals["supervised_tokens_per_second"] = (tokens, seconds)
+    chunks = [chunk for item in feedback for chunk in item.pruned]
+    if chunks:
+        rows = sum(chunk.rows for chunk in chunks)
+        totals["kept_share"] = (sum(chunk.rows * chunk.kept_share for chunk in chunks), rows)
+        totals["certificate"] = (sum(chunk.rows * chunk.certificate for chunk in chunks), rows)
+        totals["dense_share"] = (sum(chunk.rows for chunk in chunks if chunk.kept_share == 1), rows)
     for k, name in enumerate(perspectives):
         totals[f"perspective_selected/{name}"] = ((weights[:, k] > 0).sum().item(), mask[:, k].sum().item())
         totals[f"perspective_loss/{name}"] = (losses[measured[:, k], k].sum().item(), measured[:, k].sum().item())

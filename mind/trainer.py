@@ -33,7 +33,7 @@ from mind.collator import QuestionBatch, collate, student_inputs
 from mind.config import MindConfig
 from mind.data import EncodedQuestion, MindDataset
 from mind.feedback import Feedback, peak_memory_bytes, summarise
-from mind_kernels import TeacherHidden, fused_linear_cross_entropy
+from mind_kernels import TeacherHidden, fused_linear_cross_entropy, record_pruning
 from mind_kernels.chunking import to_device
 
 ON_DEVICE = ("input_ids", "attention_mask", "shift_labels", "cu_seqlens")  # of student_inputs
@@ -160,7 +160,7 @@ class MindTrainer(Trainer):
             losses = self._measure(inputs.questions, inputs.mask & ~selected)
         batch = self._student_inputs(inputs.questions, selected)
         teacher = {} if self._teacher is None else {"teacher": self._teacher_rows(batch)}
-        with self._hidden_states() as hidden_states:
+        with self._hidden_states() as hidden_states, record_pruning() as pruned:
             output = model(
                 **batch,
                 **teacher,
@@ -181,6 +181,7 @@ class MindTrainer(Trainer):
                 losses=own_losses if losses is None else own_losses.where(selected.to(own_losses.device), losses),
                 measured=selected if losses is None else inputs.mask,
                 parts=torch.stack([output.cross_entropy, consistency.detach(), output.kl]).float(),
+                pruned=pruned,
             )
         )
         # The ranks' gradients are averaged, but this loss is already a share of the sum over all ranks.
@@ -367,6 +368,7 @@ class MindTrainer(Trainer):
             temperature=args.kl_temperature,
             temperature_power=args.kl_temperature_power,
             max_logits_bytes=args.max_logits_bytes,
+            gradient_tolerance=args.gradient_tolerance,
         )
         try:
             yield

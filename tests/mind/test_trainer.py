@@ -471,6 +471,19 @@ def test_what_is_logged(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("events.out.tfevents*"))
 
 
+def test_a_pruned_backward_pass_is_logged(tmp_path: Path) -> None:
+    entries = []
+    for tolerance in (0.0, 0.3):
+        trainer = make_trainer(tmp_path / str(tolerance), max_steps=3, gradient_tolerance=tolerance)
+        trainer.train()
+        entries.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    for dense, pruned in zip(*entries, strict=True):
+        assert not {"kept_share", "certificate", "dense_share"} & set(dense)
+        assert 0 < pruned["kept_share"] <= 0.5 and 0 < pruned["certificate"] <= 0.3 and pruned["dense_share"] == 0
+    # The loss is exact, the gradient is not: from the first step with a learning rate on, the losses differ.
+    assert [dense["loss"] == pruned["loss"] for dense, pruned in zip(*entries, strict=True)] == [True, True, False]
+
+
 def test_the_saved_folder_is_a_model_and_an_assistant(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     assert "forward" not in vars(trainer.model)
