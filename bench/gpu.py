@@ -35,7 +35,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.shapes import GPU_CASES, Case
-from mind_kernels import TeacherHidden, fused_linear_cross_entropy, mind_loss
+from mind_kernels import TeacherHidden, fused_linear_cross_entropy, mind_loss, record_pruning
 from mind_kernels.cross_entropy.reference import reference_linear_cross_entropy
 from mind_kernels.testing import relative_error
 
@@ -163,8 +163,10 @@ def errors(given: Inputs) -> dict[str, dict[str, float]]:
 
     exact = run(reference_linear_cross_entropy, torch.float32)
     found = {}
+    wide = {"backend": "triton", "logits_dtype": torch.float32}
     for name, values in {
         "triton": run(fused_linear_cross_entropy, torch.bfloat16, backend="triton"),
+        "triton, fp32 logits": run(fused_linear_cross_entropy, torch.bfloat16, **wide),
         "plain bf16": run(reference_linear_cross_entropy, torch.bfloat16),
     }.items():
         pairs = zip(("loss", "grad_hidden_states", "grad_lm_head_weight"), values, exact, strict=True)
@@ -202,6 +204,15 @@ def measure_head(case: Case, bench: Bench, budgets: dict[str, int | None]) -> di
     index = answer_index(case.num_rows, bench.device)
     consistency = add("cross-entropy + consistency", "default", step(given, answer_index=index), three)
     add("cross-entropy, backend torch", "default", step(given, backend="torch"), three)
+    add("cross-entropy, fp32 logits", "default", step(given, logits_dtype=torch.float32), three)
+    # As sure as a trained student: the label's logit stands 12 above logits of standard deviation 1.
+    peaked = Inputs(peaked_rows(given), given.W, given.labels, given.teacher)
+    for tolerance in (0.0, 2**-9):
+        with record_pruning() as chunks:
+            add(f"peaked cross-entropy, tolerance {tolerance:g}", "default",
+                step(peaked, gradient_tolerance=tolerance), three)  # fmt: skip
+        if chunks:
+            rows[-1]["kept_share"] = sum(chunk.kept_share for chunk in chunks) / len(chunks)
     half = Inputs(given.X, given.W, given.labels.clone(), given.teacher)
     half.labels[::2] = -100
     halved = add("cross-entropy, half the rows", "default", step(half), three)
@@ -217,13 +228,39 @@ def measure_head(case: Case, bench: Bench, budgets: dict[str, int | None]) -> di
         "half_rows_ratio": halved.p50 / whole.p50,
         "weight_0_saving": 1 - some.p50 / whole.p50,
         "errors": errors(given),
+        "step_waits_for_nothing": check_no_wait(given, index),
     }
+
+
+def peaked_rows(given: Inputs) -> Tensor:
+    """Hidden states (N, H) whose logit of the label is about 12, over the other logits of standard deviation 1."""
+    W = given.W.detach()
+    own = W[given.labels].float()
+    X = given.X.detach().float() + 12 * own / own.square().sum(-1, keepdim=True)
+    return X.to(given.X.dtype).requires_grad_()
+
+
+def check_no_wait(given: Inputs, index: Tensor) -> bool:
+    """A step whose rows the host knows, with PyTorch told to raise where the host would wait for the device."""
+    known = {"supervised_index": torch.arange(len(given.X)), "answer_index": index.cpu()}
+    run = step(given, teacher=given.teacher, kl_weight=1.0, **known)
+    run()  # compiles
+    if given.X.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        if given.X.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    return True
 
 
 def check_kernels(dry_run: bool) -> float:
     """Seconds that the kernels' tests took; a failure ends the program."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/mind_kernels/test_triton.py"]
+    tests = ["test_triton.py"] if dry_run else ["test_triton.py", "test_devices.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *(f"tests/mind_kernels/{name}" for name in tests)]
     done = subprocess.run(command + (["-k", "cross_entropy_kernel and 41"] if dry_run else []))
     if done.returncode:
         raise SystemExit(f"bench.gpu: the kernels' tests failed with exit status {done.returncode}: no numbers")

@@ -20,6 +20,10 @@ def table(metrics: Mapping[str, Any]) -> Table:
         change = 100 * (after["accuracy"] - before["accuracy"])
         shares = (f"{100 * measured['accuracy']:.1f} %" for measured in (before, after))
         result.add_row(f"accuracy on {count} held-out questions", *shares, f"{change:+.1f} %", style="bold")
+        # An output without the taught suffix has no answer: of what accuracy gains, this is the share of form.
+        found = [sum(item["given"] is not None for item in measured["answers"]) for measured in (before, after)]
+        old, new = (100 * number / count for number in found)
+        result.add_row("outputs with an answer in the taught form", f"{old:.1f} %", f"{new:.1f} %", f"{new - old:+.1f} %")
     for kind, title in (
         ("loss", "student's loss, nats per token"),
         ("score", "assistant's score (before: untrained)"),
