@@ -23,7 +23,8 @@ def table(metrics: Mapping[str, Any]) -> Table:
         # An output without the taught suffix has no answer: of what accuracy gains, this is the share of form.
         found = [sum(item["given"] is not None for item in measured["answers"]) for measured in (before, after)]
         old, new = (100 * number / count for number in found)
-        result.add_row("outputs with an answer in the taught form", f"{old:.1f} %", f"{new:.1f} %", f"{new - old:+.1f} %")
+        label = "outputs with an answer in the taught form"
+        result.add_row(label, f"{old:.1f} %", f"{new:.1f} %", f"{new - old:+.1f} %")
     for kind, title in (
         ("loss", "student's loss, nats per token"),
         ("score", "assistant's score (before: untrained)"),
