@@ -21,6 +21,7 @@ USAGE = """usage: mind <command> [--help] …
 
   mind train      distil a student from rationales of several perspectives
   mind problems   write generated word problems, eight rationales each, to a JSONL file
+  mind generate   have a teacher write rationales for questions, and keep what is right
 """
 
 
@@ -105,8 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from mind.problems.__main__ import main as problems
 
             return problems(rest)
+        elif command == "generate":
+            from mind.generate.command import main as generate
+
+            generate(rest)
         else:
-            raise UsageError(f"given command {command!r}, want train or problems")
+            raise UsageError(f"given command {command!r}, want train, problems or generate")
     except (ValueError, TypeError) as error:
         if not _is_ours(error):
             raise
