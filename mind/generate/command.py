@@ -250,8 +250,8 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         write_jsonl([report], files.report)
     print_report(report, files)
     if work.failures:
-        told = count_reasons(work.failures.values())
-        raise GenerateError(f"requests failed ({told}): run the same command again to ask them again")
+        told = ", ".join(f"{n} × {reason}" for reason, n in Counter(work.failures.values()).most_common(3))
+        raise GenerateError(f"{len(work.failures)} requests failed ({told}): run the same command again to ask them")
     return report
 
 

@@ -19,56 +19,11 @@ from mind.data import load_records
 from mind.generate.prompts import read_prompts
 from mind.generate.teachers import ServerTeacher
 
+from .generating import command, generate, refused, write
 from .loopback import Reply, completion, loopback, refusal, solve, sums
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-5ecret-0f-th1s-test"
-
-
-@pytest.fixture(autouse=True)
-def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (
-        "OPENAI_API_KEY",
-        "OPENAI_BASE_URL",
-        "HTTP_PROXY",
-        "HTTPS_PROXY",
-        "ALL_PROXY",
-        "http_proxy",
-        "all_proxy",
-    ):
-        monkeypatch.delenv(name, raising=False)
-
-
-def write(path: Path, records: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def command(folder: Path, url: str, **changes: Any) -> list[str]:
-    """The command line; questions.jsonl is made, unless it is there."""
-    data = folder / "questions.jsonl"
-    if not data.exists():
-        write(data, sums(4))
-    given = {"data": data, "output": folder / "out.jsonl", "teacher": "m", "base_url": url}
-    settings = given | {"retry_wait": 0.01, "easy_share": 1, "disable_tqdm": True} | changes
-    return ["generate", *(f"--{name}={value}" for name, value in settings.items() if value is not None)]
-
-
-def generate(folder: Path, url: str, **changes: Any) -> dict[str, Any]:
-    """The report of a run that succeeds."""
-    assert main(command(folder, url, **changes)) == 0
-    return json.loads((folder / "out.report.json").read_text())
-
-
-def refused(
-    folder: Path, capsys: pytest.CaptureFixture[str], url: str = "http://127.0.0.1:9/v1", **changes: Any
-) -> str:
-    """The one line about the error."""
-    capsys.readouterr()
-    assert main(command(folder, url, **changes)) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("mind: error: "), lines
-    return lines[0].removeprefix("mind: error: ")
 
 
 def assert_no_output(folder: Path) -> None:
@@ -156,7 +111,7 @@ def test_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = capsys.readouterr().err
     bar = error.replace("\r", "\n").splitlines()[-2]
     assert "asking m" in bar and "31/32" in bar and "failed=1, tokens=310, tokens_per_s=" in bar
-    assert "mind: error: requests failed (1 answers 500: ouch): run the same command again to ask them again" in error
+    assert "mind: error: 1 requests failed (1 × answers 500: ouch): run the same command again to ask them" in error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,7 +271,7 @@ def test_what_fails_for_good_is_left_for_the_next_run(tmp_path: Path, capsys: py
 
     with loopback(sometimes) as server:
         message = refused(tmp_path, capsys, server.url, max_tries=3)
-        assert message == "requests failed (8 answers 503: overloaded): run the same command again to ask them again"
+        assert message == "8 requests failed (8 × answers 503: overloaded): run the same command again to ask them"
         assert len(server.bodies) == 24 + 8 * 3
         # what was answered is written
         assert [record.id for record in load_records(tmp_path / "out.jsonl")] == ["sum-0", "sum-1", "sum-3"]
