@@ -43,6 +43,10 @@ class RunArguments:
         default=None,
         metadata={"help": "White-box teacher with the student's vocabulary, given as a student is; with kl_weight."},
     )
+    teacher_topk: str | None = field(
+        default=None,
+        metadata={"help": "Instead: NAME.topk.parquet, what mind generate stored of the teacher; with kl_weight."},
+    )
     data: str | None = field(
         default=None,
         metadata={
@@ -87,6 +91,8 @@ class RunArguments:
                 raise ValueError(f"{name}: given {getattr(self, name)}, want at least {least}")
         if not 0 < self.max_difficulty <= 1:
             raise ValueError(f"max_difficulty: given {self.max_difficulty}, want a number in (0, 1]")
+        if self.teacher is not None and self.teacher_topk is not None:
+            raise ValueError("teacher_topk: given beside teacher, want one of the two")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """A teacher's k most probable tokens at each token of its answers: in the student's ids, in Parquet, as TeacherTopK.
 
 A server names tokens by their text. Every student token is known by its bytes, so the names become the student's ids;
-a teacher with another tokenizer is found out by names that the student has not, or by tokens that begin elsewhere.
+a teacher with another tokenizer is found out by names that the student has not, or by a text in other tokens.
 
 The Parquet file has one row for each rationale kept: id, perspective, token_ids (L,) the student's tokens of the
 rationale, top_ids and logprobs (L·k,), the distribution that predicts each of them; nats, temperature 1, −inf padded.
@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from mind.data import EncodedQuestion
 
 UNKNOWN = -1  # a token that the student's vocabulary lacks
-MIN_ALIGNED = 0.9  # share of the student's tokens that must begin where a teacher's does
-MIN_JUDGED = 20  # tokens before that share says anything
+MIN_ALIGNED = 0.9  # share of the student's tokens that the teacher must have written, too
+MAX_UNKNOWN = 0.01  # share of the names a server sends that may be none of the student's
+MIN_JUDGED = 20  # tokens before these shares say anything
 CERTAIN = math.log(0.999)  # see TopKTeacher; the rest keeps a reverse KL finite
 ROWS_AT_ONCE = 512  # rationales in one row group of the file
 
@@ -105,7 +106,8 @@ class StudentTokens:
         fallback = [i for token, i in tokenizer.get_vocab().items() if _BYTE.fullmatch(token)]
         self.ids |= {table[i]: i for i in sorted(set(table) - set(fallback), reverse=True)}
         self._bytes = table
-        self._seen = self._aligned = 0
+        self._seen = self._aligned = self._names = 0
+        self._unknown: list[str] = []
 
     def served(self, content: Sequence[Mapping[str, Any]], k: int) -> TopK:
         """A chat completion's logprobs.content. Raises KeyError, TypeError or ValueError for anything else."""
@@ -117,7 +119,11 @@ class StudentTokens:
 
     def _id(self, item: Mapping[str, Any]) -> int:
         text = bytes(item["bytes"]) if item.get("bytes") else item["token"].encode()
-        return self.ids.get(text, UNKNOWN)
+        token_id = self.ids.get(text, UNKNOWN)
+        self._names += 1
+        if token_id == UNKNOWN:
+            self._unknown.append(item["token"])
+        return token_id
 
     def check_vocabulary(self, teacher: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """That a local teacher's ids are the student's."""
@@ -131,27 +137,31 @@ class StudentTokens:
                 )
 
     def watch(self, teacher: str, topk: TopK, text: str) -> None:
-        """That a served answer's tokens are the student's; says so as soon as there is enough to tell."""
-        unknown = np.flatnonzero(topk.token_ids == UNKNOWN)
+        """That the tokens of all served answers so far are the student's, once there are enough to tell."""
         _, rows = self.align(topk, text.strip())
         self._seen += len(rows)
         self._aligned += int((rows >= 0).sum())
-        if self._seen >= MIN_JUDGED:
-            reason = f"; the student has no token for number {unknown[0]} of this answer" if len(unknown) else ""
-            self.check_share(teacher, self._aligned, self._seen, reason)
+        if self._seen < MIN_JUDGED:
+            return
+        if len(self._unknown) > MAX_UNKNOWN * self._names:
+            raise GenerateError(
+                f"top_logprobs: the tokenizers of {teacher} and of the student {self.name} disagree: "
+                f"{len(self._unknown)} of {self._names} tokens are none of the student's, as {self._unknown[0]!r}"
+            )
+        self.check_share(teacher, self._aligned, self._seen)
 
-    def check_share(self, teacher: str, aligned: int, seen: int, reason: str = "") -> None:
+    def check_share(self, teacher: str, aligned: int, seen: int) -> None:
         if aligned < MIN_ALIGNED * seen:
             raise GenerateError(
-                f"top_logprobs: the tokenizers of {teacher} and of the student {self.name} disagree: {aligned} of "
-                f"{seen} tokens begin at the same place, want {MIN_ALIGNED:.0%}{reason}"
+                f"top_logprobs: the tokenizers of {teacher} and of the student {self.name} disagree: of {seen} tokens "
+                f"that the student reads in its answers, it wrote {aligned}, want {MIN_ALIGNED:.0%}"
             )
 
     def align(self, topk: TopK, text: str) -> tuple[list[int], NDArray[np.int64]]:
         """The student's tokens of a text within an answer, and the row of `topk` that predicts each.
 
-        A row is right where the teacher's token begins at the same byte: then it tells what follows the same text.
-        −1 where none does, e.g. at the first token, when the text was stripped of the space before it.
+        A row is right where the teacher wrote the same token at the same byte. −1 where it did not, e.g. at the first
+        token, when the text was stripped of the space before it.
 
         Returns: (L ids, (L,) rows).
         """
@@ -170,8 +180,9 @@ class StudentTokens:
         # A tokenizer may put a space before a text, which the text has not.
         offset = position + len(wanted) - sum(map(len, own))
         rows = []
-        for piece in own:
-            rows.append(begins.get(offset, -1))
+        for token_id, piece in zip(ids, own, strict=True):
+            row = begins.get(offset, -1)
+            rows.append(row if row >= 0 and topk.token_ids[row] == token_id else -1)
             offset += len(piece)
         return ids, np.array(rows, dtype=np.int64)
 
@@ -244,43 +255,62 @@ def write_topk(
 class TopKTeacher:
     """A teacher whose distributions were stored when it wrote the rationales.
 
-    perspectives: the order of the K axis. kl_temperature: other than 1 renormalises over the k tokens.
+    path: what `write_topk` wrote. questions: those that it will be asked for. perspectives: the order of the K axis.
+    kl_temperature: other than 1 renormalises over the k tokens.
 
     A supervised token of which nothing is stored (the answer suffix, which the teacher did not write in these words; a
-    token that its own do not meet) is taken as certain, p = 0.999: there the forward KL is the cross-entropy, and
-    renormalised it is 0.
+    token that it did not write; a rationale that the file lacks) is taken as certain, p = 0.999: there the
+    forward KL is the cross-entropy, and renormalised it is 0.
 
-    Raises: GenerateError when the file is not one that `write_topk` wrote.
+    Raises: GenerateError when the file cannot be read, holds none of the rationales or holds other tokens of one.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], perspectives: Sequence[str], *, kl_temperature: float = 1.0
+        self,
+        path: str | os.PathLike[str],
+        questions: Sequence[EncodedQuestion],
+        perspectives: Sequence[str],
+        *,
+        kl_temperature: float = 1.0,
     ) -> None:
         from pyarrow import ArrowException, parquet
 
-        self.path, self.perspectives = os.fspath(path), tuple(perspectives)
+        self.perspectives = tuple(perspectives)
         self.tail = "bucket" if kl_temperature == 1 else "renormalize"
         try:
             self._table = parquet.read_table(path).combine_chunks()
             self.k = int(self._table.schema.metadata[b"k"])
             names = zip(*(self._table[column].to_pylist() for column in ("id", "perspective")), strict=True)
-            self._rows = {pair: row for row, pair in enumerate(names)}
+            stored = {pair: row for row, pair in enumerate(names)}
         except (OSError, ArrowException, KeyError, TypeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise GenerateError(
-                f"{self.path}: cannot be read as log-probabilities of mind generate: {reason}"
-            ) from error
+            raise GenerateError(f"{path}: cannot be read as log-probabilities of mind generate: {reason}") from error
+        self._rows: dict[tuple[str, str], int] = {}
+        for question in questions:
+            for name, target in zip(self.perspectives, question.target_ids, strict=True):
+                row = stored.get((question.id, name))
+                if row is None or not target:
+                    continue
+                ids = self._column("token_ids", row)
+                if tuple(ids.tolist()) != target[: len(ids)]:
+                    raise GenerateError(
+                        f"{path}: question {question.id!r}, perspective {name!r}: holds other tokens than the "
+                        "rationale, want the file made with this data for this student"
+                    )
+                self._rows[question.id, name] = row
+        if not self._rows:
+            raise GenerateError(f"{path}: holds none of the rationales, want the file made with this data")
 
     def __len__(self) -> int:
-        """Rationales in the file."""
+        """Rationales of the questions that are in the file."""
         return len(self._rows)
 
-    def rows(self, questions: Sequence[EncodedQuestion], selected: Tensor, width: int) -> TeacherTopK:
-        """The rows of `mind.collator.student_inputs`: R_sel·T of them, in the same order.
+    def rows(
+        self, questions: Sequence[EncodedQuestion], selected: Tensor, width: int, device: torch.device | str = "cpu"
+    ) -> TeacherTopK:
+        """The rows of `mind.collator.student_inputs`, (R_sel·T, k) in the same order.
 
         selected: (B, K) bool. width: T.
-
-        Raises: GenerateError when the tokens of a rationale are not those that the file was made for.
         """
         chosen = selected.nonzero().tolist()
         token_ids = np.zeros((len(chosen), width, self.k), dtype=np.int32)
@@ -293,20 +323,15 @@ class TopKTeacher:
             row = self._rows.get((question.id, self.perspectives[p]))
             if row is None:
                 continue
-            stored = self._column("token_ids", row)
-            if tuple(stored.tolist()) != target[: len(stored)]:
-                raise GenerateError(
-                    f"{self.path}: question {question.id!r}, perspective {self.perspectives[p]!r}: holds other tokens "
-                    "than the rationale, want the file made for this data and this student's tokenizer"
-                )
-            shape = (len(stored), self.k)
-            values = self._column("logprobs", row).reshape(shape)
+            values = self._column("logprobs", row).reshape(-1, self.k)
             known = np.flatnonzero(np.isfinite(values).any(1))
-            token_ids[r, start + known] = self._column("top_ids", row).reshape(shape)[known]
+            token_ids[r, start + known] = self._column("top_ids", row).reshape(-1, self.k)[known]
             logprobs[r, start + known] = values[known]
         flat = (len(chosen) * width, self.k)
         return TeacherTopK(
-            torch.from_numpy(token_ids.reshape(flat)), torch.from_numpy(logprobs.reshape(flat)), tail=self.tail
+            torch.from_numpy(token_ids.reshape(flat)).to(device),
+            torch.from_numpy(logprobs.reshape(flat)).to(device),
+            tail=self.tail,
         )
 
     def _column(self, name: str, row: int) -> NDArray[Any]:

@@ -30,16 +30,15 @@ from mind.students import dense_student
 
 from .generating import command, generate, refused, write
 from .loopback import Reply, completion, forward, loopback, refusal
-from .tiny_teacher import SENTENCE, save_tiny_teacher, write_prompts
+from .test_trainer import one_thread  # noqa: F401
+from .tiny_teacher import SENTENCE, tiny_teacher, write_prompts
 
 TEXT = SENTENCE.partition("\n")[0]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    save_tiny_teacher(folder)
-    return folder
+    return tiny_teacher(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

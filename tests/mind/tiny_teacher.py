@@ -18,8 +18,11 @@ TEMPLATE = (
 PROMPTS = {"aloud": "Say aloud. {question} {answer_line}", "steps": "Go in steps: {question} {answer_line}"}
 
 
-def save_tiny_teacher(folder: Path) -> None:
-    """Trains it (some seconds) and saves model and tokenizer."""
+def tiny_teacher(root: Path) -> Path:
+    """Its folder below `root`. Trained (some seconds) and saved at the first call."""
+    folder = root / "tiny_teacher"
+    if folder.exists():
+        return folder
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
@@ -46,6 +49,7 @@ def save_tiny_teacher(folder: Path) -> None:
     assert loss < 0.01, f"the tiny teacher has not learnt its sentence: loss {loss:.3f}"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
 
 
 def write_prompts(folder: Path) -> Path:
