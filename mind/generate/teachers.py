@@ -382,20 +382,11 @@ class LocalTeacher:
 
 
 @dataclass(frozen=True)
-class VLLMTeacher:
+class VLLMTeacher(LocalTeacher):
     """vLLM's offline engine with its own defaults, where vLLM is installed. Not run by this project's tests.
 
-    batch_size: prompts handed to the engine together, which schedules them itself. A kill loses one batch at most.
+    batch_size: prompts handed to the engine together, which schedules them itself.
     """
-
-    model: str
-    sampling: Sampling
-    batch_size: int = 16
-    seed: int = 0
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return LocalTeacher(self.model, self.sampling, seed=self.seed).identity
 
     def answer_all(self, requests: Sequence[Request], sink: Sink, proven: bool) -> None:
         """Raises: GenerateError when vLLM is not installed or its tokenizer is not the student's."""

@@ -93,8 +93,11 @@ def loopback(respond: Respond) -> Iterator[Loopback]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128  # connections that a busy machine has not got round to
+
+    http = Server(("127.0.0.1", 0), Handler)
     server = Loopback(f"http://127.0.0.1:{http.server_port}/v1")
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
