@@ -120,9 +120,12 @@ class StudentTokens:
     def _id(self, item: Mapping[str, Any]) -> int:
         text = bytes(item["bytes"]) if item.get("bytes") else item["token"].encode()
         token_id = self.ids.get(text, UNKNOWN)
-        self._names += 1
-        if token_id == UNKNOWN:
-            self._unknown.append(item["token"])
+        if (
+            item["token"] and "\ufffd" not in item["token"]
+        ):  # part of a character, sent without its bytes, tells nothing
+            self._names += 1
+            if token_id == UNKNOWN:
+                self._unknown.append(item["token"])
         return token_id
 
     def check_vocabulary(self, teacher: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -315,13 +315,13 @@ def with_logprobs(
 
     alternatives: the k best are among so many tokens, the first ones of the vocabulary.
     """
+    table = token_bytes(tokenizer)
 
     def respond(body: dict[str, Any], number: int) -> Reply:
         assert body["logprobs"] is True and body["top_logprobs"] == k
         text = json.loads(solve(body).body)["choices"][0]["message"]["content"]
         ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        table = token_bytes(tokenizer)
-        topk, content = random_topk(ids, alternatives or len(tokenizer), k, seed=number), []
+        topk, content = random_topk(ids, alternatives, k, seed=number), []
         for token_id, others, values in zip(ids, topk.top_ids.tolist(), topk.logprobs.tolist(), strict=True):
             best = [
                 {"token": table[i].decode("utf-8", "replace"), "bytes": list(table[i]), "logprob": value}
