@@ -308,9 +308,7 @@ def test_the_trainer_takes_it(tmp_path: Path) -> None:
 # From the command line
 
 
-def with_logprobs(
-    tokenizer: Any, alternatives: int | None = None, k: int = K
-) -> Callable[[dict[str, Any], int], Reply]:
+def with_logprobs(tokenizer: Any, alternatives: int = 2000, k: int = K) -> Callable[[dict[str, Any], int], Reply]:
     """`solve`, and log-probabilities of its tokens as the OpenAI protocol has them.
 
     alternatives: the k best are among so many tokens, the first ones of the vocabulary.
