@@ -19,10 +19,11 @@ import yaml
 BAD_INPUT = 2  # exit status
 USAGE = """usage: mind <command> [--help] …
 
+  mind generate   have a teacher write rationales for questions, and keep what is right
+  mind problems   write generated word problems, eight rationales each, to a JSONL file
   mind train      distil a student from rationales of several perspectives
   mind evaluate   measure a student on benchmarks or your questions, or compare two measurements
   mind report     show runs side by side on one HTML page
-  mind problems   write generated word problems, eight rationales each, to a JSONL file
 """
 
 
@@ -50,6 +51,10 @@ class RunArguments:
     teacher: str | None = field(
         default=None,
         metadata={"help": "White-box teacher with the student's vocabulary, given as a student is; with kl_weight."},
+    )
+    teacher_topk: str | None = field(
+        default=None,
+        metadata={"help": "Instead: NAME.topk.parquet, what mind generate stored of the teacher; with kl_weight."},
     )
     data: str | None = field(
         default=None,
@@ -95,6 +100,8 @@ class RunArguments:
                 raise ValueError(f"{name}: given {getattr(self, name)}, want at least {least}")
         if not 0 < self.max_difficulty <= 1:
             raise ValueError(f"max_difficulty: given {self.max_difficulty}, want a number in (0, 1]")
+        if self.teacher is not None and self.teacher_topk is not None:
+            raise ValueError("teacher_topk: given beside teacher, want one of the two")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,6 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from mind.problems.__main__ import main as problems
 
             return problems(rest)
+        elif command == "generate":
+            from mind.generate.command import main as generate
+
+            generate(rest)
         elif command == "evaluate":
             from mind.evaluate.command import main as evaluate
 
@@ -123,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             report(rest)
         else:
-            raise UsageError(f"given command {command!r}, want train, evaluate, report or problems")
+            raise UsageError(f"given command {command!r}, want train, problems, generate, evaluate or report")
     except (ValueError, TypeError) as error:
         if not _is_ours(error):
             raise

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from mind.checkpoint import PARTIAL_PREFIX, publish
@@ -31,6 +31,7 @@ from mind.config import MindConfig
 from mind.data import DataError, MindDataset, Record, load_records, perspectives_of
 from mind.encoder import RationaleEncoder
 from mind.evaluation import measure_accuracy
+from mind.generate.topk import TopKTeacher
 from mind.problems import generate_records
 from mind.report import LOG_FILE, METRICS_FILE, PICTURE_FILE, draw, read_metrics, table, write_log, write_metrics
 from mind.students import load_student
@@ -54,7 +55,7 @@ def distil(run: RunArguments, config: MindConfig) -> dict[str, Any]:
         records, heldout = _read_data(run, config)
     with clock("student"):
         student, tokenizer = load_student(run.student)
-        teacher = None if run.teacher is None else load_student(run.teacher)[0]
+        teacher: PreTrainedModel | TopKTeacher | None = None if run.teacher is None else load_student(run.teacher)[0]
     perspectives = perspectives_of(records)
     measured = [record for record in heldout if record.rationales][: run.num_measured]
     measured_on = f"{len(measured)} held-out questions"
@@ -78,6 +79,8 @@ def distil(run: RunArguments, config: MindConfig) -> dict[str, Any]:
             )
 
         dataset, measured_dataset = encode(records), encode(measured)
+    if run.teacher_topk is not None:
+        teacher = TopKTeacher(run.teacher_topk, dataset.questions, perspectives, kl_temperature=config.kl_temperature)
     trainer = MindTrainer(student, config, dataset, processing_class=tokenizer, teacher=teacher)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

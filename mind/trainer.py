@@ -33,7 +33,8 @@ from mind.collator import QuestionBatch, collate, student_inputs
 from mind.config import MindConfig
 from mind.data import EncodedQuestion, MindDataset
 from mind.feedback import Feedback, peak_memory_bytes, summarise
-from mind_kernels import TeacherHidden, fused_linear_cross_entropy, record_pruning
+from mind.generate.topk import TopKTeacher
+from mind_kernels import TeacherHidden, TeacherTopK, fused_linear_cross_entropy, record_pruning
 from mind_kernels.chunking import to_device
 
 ON_DEVICE = ("input_ids", "attention_mask", "shift_labels", "cu_seqlens")  # of student_inputs
@@ -46,7 +47,8 @@ class MindTrainer(Trainer):
     train_dataset: questions with features (without, for a method that has no teaching assistant).
     processing_class: the student's tokenizer; saved with the student.
     assistant: a teaching assistant to start from; default a new one as configured.
-    teacher: a causal LM with the student's tokenizer and vocabulary, given exactly when `args.kl_weight` > 0.
+    teacher: a causal LM with the student's tokenizer and vocabulary, or its stored distributions, given exactly when
+        `args.kl_weight` > 0.
 
     Raises: TypeError or ValueError naming the argument or field that does not fit the others.
     """
@@ -65,7 +67,7 @@ class MindTrainer(Trainer):
         *,
         processing_class: PreTrainedTokenizerBase,
         assistant: TeachingAssistant | None = None,
-        teacher: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | TopKTeacher | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ) -> None:
@@ -118,13 +120,13 @@ class MindTrainer(Trainer):
             )
         return Calibrator(assistant, self.train_dataset, args, self._average_gradients)
 
-    def _make_teacher(self, teacher: PreTrainedModel | None) -> MindAttachment | None:
-        """The teacher's base model, head, scale and cap; its forward stays as it is."""
+    def _make_teacher(self, teacher: PreTrainedModel | TopKTeacher | None) -> MindAttachment | TopKTeacher | None:
+        """The teacher's base model, head, scale and cap; its forward stays as it is. Stored ones are as given."""
         given, weight = ("none" if teacher is None else "one"), self.args.kl_weight
         if (teacher is not None) != (weight > 0):
             raise ValueError(f"teacher: given {given} with kl_weight = {weight}, want one exactly when it is above 0")
-        if teacher is None:
-            return None
+        if teacher is None or isinstance(teacher, TopKTeacher):
+            return teacher
         attachment = attach_mind_loss(nn.Module.to(teacher, self.args.device).eval())
         attachment.detach()
         given_size, wanted_size = attachment.head.out_features, self.model.get_output_embeddings().out_features
@@ -159,7 +161,7 @@ class MindTrainer(Trainer):
         if self.calibrator is not None:
             losses = self._measure(inputs.questions, inputs.mask & ~selected)
         batch = self._student_inputs(inputs.questions, selected)
-        teacher = {} if self._teacher is None else {"teacher": self._teacher_rows(batch)}
+        teacher = {} if self._teacher is None else {"teacher": self._teacher_rows(inputs.questions, selected, batch)}
         with self._hidden_states() as hidden_states, record_pruning() as pruned:
             output = model(
                 **batch,
@@ -246,8 +248,12 @@ class MindTrainer(Trainer):
         return losses.float()
 
     @torch.no_grad()
-    def _teacher_rows(self, batch: dict[str, Tensor]) -> TeacherHidden:
-        """The white-box teacher on the same tokens, in its own dtype."""
+    def _teacher_rows(
+        self, questions: Sequence[EncodedQuestion], selected: Tensor, batch: dict[str, Tensor]
+    ) -> TeacherHidden | TeacherTopK:
+        """The teacher on the same tokens: what is stored of it, or a white-box one in its own dtype."""
+        if isinstance(self._teacher, TopKTeacher):
+            return self._teacher.rows(questions, selected, batch["input_ids"].shape[1], self.args.device)
         assert self._teacher is not None
         head, settings = self._teacher.head, self._teacher.loss.settings
         with torch.autocast(self.args.device.type, enabled=False):

@@ -133,7 +133,10 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2 and main(["--help"]) == 0
     assert "mind train" in capsys.readouterr().out
     assert main(["fly"]) == 2
-    assert capsys.readouterr().err == "mind: error: given command 'fly', want train, evaluate, report or problems\n"
+    assert (
+        capsys.readouterr().err
+        == "mind: error: given command 'fly', want train, problems, generate, evaluate or report\n"
+    )
     output = tmp_path / "problems.jsonl"
     assert main(["problems", "--num-questions", "3", "--output", str(output)]) == 0
     assert len(output.read_text().splitlines()) == 3

@@ -1,0 +1,502 @@
+"""`mind generate`: asks, judges, selects, writes and reports."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, HfArgumentParser
+
+from mind.data import Record, load_records
+from mind.generate import GenerateError
+from mind.generate.judge import (
+    UNDECIDED,
+    WRONG,
+    Verdict,
+    choose_questions,
+    difficulty,
+    is_free_text,
+    judge,
+    near_duplicates,
+    says_yes,
+)
+from mind.generate.ledger import Answer, Ledger, Request, request_key
+from mind.generate.prompts import JUDGE_PROMPT, answer_line, copy_prompts, fill, read_prompts
+from mind.generate.report import Pair, build_report, count_reasons, print_report
+from mind.generate.teachers import LocalTeacher, Sampling, ServerTeacher, Teacher, VLLMTeacher, read_key
+from mind.generate.topk import StudentTokens, TopK, write_topk
+from mind.problems.__main__ import write_jsonl
+from mind.prompting import PromptFormat
+from mind.students import BUILTIN_STUDENTS, dense_student
+
+JUDGE_TOKENS = 256  # longest reply of a model judge
+
+
+@dataclass
+class GenerateConfig:
+    """Settings of `mind generate`.
+
+    Raises: GenerateError naming the setting.
+    """
+
+    data: str = field(
+        metadata={
+            "help": "Questions with answers: JSONL file, folder saved by datasets, or hub id. Rationales are unused."
+        }
+    )
+    output: str = field(
+        metadata={
+            "help": "JSONL file of records for mind train. Beside it stand NAME.ledger.jsonl, all answers, by which a "
+            "killed run goes on and a changed one asks only what is new; NAME.report.json; NAME.topk.parquet."
+        }
+    )
+    teacher: str = field(
+        metadata={"help": "The server's name of a model; without base_url a built-in student, a folder or a hub id."}
+    )
+    engine: Literal["server", "transformers", "vllm"] | None = field(
+        default=None,
+        metadata={"help": "What runs the teacher. Default: server with base_url, otherwise transformers."},
+    )
+    base_url: str | None = field(
+        default=None, metadata={"help": "OpenAI-compatible endpoint, as in http://localhost:8000/v1."}
+    )
+    api_key_env: str | None = field(
+        default=None,
+        metadata={"help": "Environment variable that holds the key. Default: OPENAI_API_KEY, which may be unset."},
+    )
+    prompts: str | None = field(
+        default=None,
+        metadata={"help": "Folder of prompts, PERSPECTIVE.txt each; see --copy_prompts. Default: the eight built in."},
+    )
+    answer_suffix: str = field(
+        default=PromptFormat.answer_suffix,
+        metadata={"help": 'The line to finish with, as mind train has it; holds "{answer}" once.'},
+    )
+    concurrency: int = field(
+        default=16, metadata={"help": "Requests in flight at a server; prompts in a batch of a local model."}
+    )
+    max_tokens: int = field(default=1024, metadata={"help": "Longest answer; one that is cut there is dropped."})
+    temperature: float = field(default=0.0, metadata={"help": "Of the teacher's sampling. 0: greedy."})
+    extra_body: str | None = field(
+        default=None,
+        metadata={
+            "help": 'JSON object of further fields of a request, as in {"max_tokens": null, "max_completion_tokens": '
+            "4096}; null takes a field out."
+        },
+    )
+    timeout: float = field(default=600.0, metadata={"help": "Seconds that one answer of a server may take."})
+    max_tries: int = field(default=8, metadata={"help": "How often a request is tried; 3 times at most the first one."})
+    retry_wait: float = field(
+        default=1.0,
+        metadata={"help": "Seconds, about, before the second try, doubling up to 60; Retry-After is obeyed."},
+    )
+
+    top_logprobs: int = field(
+        default=0, metadata={"help": "Store the k most probable tokens at each of the teacher's, for the top-k KL."}
+    )
+    student: str | None = field(
+        default=None, metadata={"help": "With top_logprobs: the student whose tokens they are aligned to."}
+    )
+
+    judge: str | None = field(
+        default=None,
+        metadata={
+            "help": "Model that compares free-text answers which differ in words. Default: none, they are wrong."
+        },
+    )
+    judge_base_url: str | None = field(
+        default=None, metadata={"help": "Its endpoint. Default: base_url, or this machine without one."}
+    )
+    judge_api_key_env: str | None = field(
+        default=None,
+        metadata={"help": "Its key's variable. Default: the teacher's key, if the endpoint is the teacher's."},
+    )
+    difficulty_student: str | None = field(
+        default=None,
+        metadata={
+            "help": "Local model whose failures at the same prompts tell a question's difficulty. Default: the teacher."
+        },
+    )
+    easy_difficulty: float = field(
+        default=0.0, metadata={"help": "A question is easy when at most this share of the answers fails."}
+    )
+    easy_share: float = field(
+        default=0.5, metadata={"help": "Share of the easy questions that is kept, at random; all hard ones are kept."}
+    )
+    target_size: int | None = field(
+        default=None,
+        metadata={"help": "Questions to keep: all hard ones and as many easy ones as fit. Instead of easy_share."},
+    )
+    seed: int = field(default=0, metadata={"help": "Of the choice of easy questions and of a local model's sampling."})
+    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress."})
+
+    def __post_init__(self) -> None:
+        at_least_1 = ("concurrency", "max_tokens", "max_tries")
+        for name in at_least_1:
+            self._want(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("timeout", "retry_wait"):
+            self._want(name, getattr(self, name) > 0, "a positive number of seconds")
+        self._want("temperature", self.temperature >= 0, "a number that is not negative")
+        self._want("top_logprobs", self.top_logprobs >= 0, "a number that is not negative")
+        for name in ("easy_difficulty", "easy_share"):
+            self._want(name, 0 <= getattr(self, name) <= 1, "a number in [0, 1]")
+        self._want("target_size", self.target_size is None or self.target_size >= 1, "at least 1")
+        if self.engine is None:
+            self.engine = "transformers" if self.base_url is None else "server"
+        if (self.engine == "server") != (self.base_url is not None):
+            raise GenerateError(
+                f"base_url: given {self.base_url!r} with engine {self.engine}, want one with server only"
+            )
+        if self.top_logprobs and self.student is None:
+            raise GenerateError("student: not given, want the one whose tokens top_logprobs are aligned to")
+        PromptFormat(self.answer_suffix)
+        self._want("extra_body", isinstance(self.fields_of_request, dict), "a JSON object")
+
+    def _want(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise GenerateError(f"{name}: given {getattr(self, name)!r}, want {wanted}")
+
+    @property
+    def fields_of_request(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.extra_body or "{}")
+        except ValueError as error:
+            raise GenerateError(f"extra_body: given {self.extra_body!r}, want a JSON object: {error}") from error
+
+    @property
+    def prompt_format(self) -> PromptFormat:
+        return PromptFormat(self.answer_suffix)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`mind generate`. Raises: ValueError or TypeError about bad input."""
+    generate(parse(arguments))
+
+
+def parse(arguments: Sequence[str]) -> GenerateConfig:
+    """Raises: GenerateError naming the flag; SystemExit(0) after --help and --copy_prompts."""
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise GenerateError(message)
+
+    class CopyPrompts(argparse.Action):
+        def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
+            copy_prompts(values)
+            raise SystemExit(0)
+
+    parser = Parser(
+        GenerateConfig,  # type: ignore[arg-type]
+        prog="mind generate",
+        usage="mind generate --data FILE --output FILE --teacher MODEL [--SETTING VALUE ...]",
+        description="Have a teacher answer every question in several perspectives, keep what is right, and report.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--copy_prompts",
+        metavar="FOLDER",
+        action=CopyPrompts,
+        help="Copy the built-in prompts there, to edit, and stop.",
+    )
+    values = vars(parser.parse_args(arguments))
+    del values["copy_prompts"]
+    return GenerateConfig(**values)
+
+
+def generate(config: GenerateConfig) -> dict[str, Any]:
+    """Runs everything and returns the report, as mind.generate.report describes it.
+
+    Raises: ValueError or TypeError naming the file, field or setting that cannot be used, or when no rationale is
+        right; then nothing but the ledger has changed. GenerateError after everything is written, when requests failed
+        in spite of all tries.
+    """
+    records = load_records(config.data, require_rationales=False)
+    prompts = read_prompts(config.prompts)
+    files = Files.of(config)
+    teacher, judge_model, student = _models(config)
+    with Ledger(files.ledger) as ledger:
+        work = _Work(config, records, prompts, ledger, judge_model)
+        verdicts = work.verdicts(teacher)
+        by_whom = verdicts if student is None else work.verdicts(student)
+        difficulties = {
+            record.id: difficulty(answered)
+            for record in records
+            if (answered := [by_whom[record.id, name] for name in prompts if (record.id, name) in by_whom])
+        }
+        rows = _select(config, records, prompts, verdicts, difficulties)
+        if not rows:
+            told = count_reasons(verdict.reason for verdict in verdicts.values()) or "none is answered"
+            raise GenerateError(
+                f"{files.output}: not written: of {len(records) * len(prompts)} rationales none is right and kept "
+                f"({told}); what the model wrote is in {files.ledger}"
+            )
+        answers = work.answers(teacher)
+        stored = _store_topk(config, files, work.requests(teacher), ledger, rows)
+        write_jsonl(rows, files.output)
+        report = build_report(records, list(prompts), answers, verdicts, difficulties, rows)
+        report |= {
+            "rule": _rule(config),
+            "requests": dict(work.requested),
+            "failed": len(work.failures),
+            "topk": stored,
+        }
+        write_jsonl([report], files.report)
+    print_report(report, files)
+    if work.failures:
+        told = ", ".join(f"{n} × {reason}" for reason, n in Counter(work.failures.values()).most_common(3))
+        raise GenerateError(f"{len(work.failures)} requests failed ({told}): run the same command again to ask them")
+    return report
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a run writes."""
+
+    output: Path
+    ledger: Path
+    report: Path
+    topk: Path
+
+    @classmethod
+    def of(cls, config: GenerateConfig) -> Files:
+        """Raises: GenerateError when the output cannot be, or is a file that another program wrote."""
+        output = Path(config.output)
+        name = output.name.removesuffix(".jsonl")
+        files = cls(
+            output, *(output.with_name(f"{name}.{kind}") for kind in ("ledger.jsonl", "report.json", "topk.parquet"))
+        )
+        if not output.parent.is_dir():
+            raise GenerateError(f"output: {output.parent} is no folder, want one to write {output.name} in")
+        if output.exists() and not files.ledger.exists():
+            raise GenerateError(f"output: {output} exists already without {files.ledger.name}, want a new file")
+        return files
+
+
+def _models(config: GenerateConfig) -> tuple[Teacher, Teacher | None, Teacher | None]:
+    """(teacher, model judge, difficulty student); none is loaded or reached yet."""
+    tokens = None
+    if config.top_logprobs:
+        assert config.student is not None
+        tokens = StudentTokens(config.student, _load_tokenizer(config.student))
+    sampling = Sampling(config.max_tokens, config.temperature, config.top_logprobs, tokens)
+    local = {"batch_size": config.concurrency, "seed": config.seed}
+    key = read_key(config.api_key_env or "OPENAI_API_KEY", required=config.api_key_env is not None)
+    served = {name: getattr(config, name) for name in ("concurrency", "timeout", "max_tries", "retry_wait")}
+    if config.base_url is not None:
+        teacher: Teacher = ServerTeacher(
+            config.teacher, config.base_url, key, sampling, config.fields_of_request, **served
+        )
+    else:
+        teacher = (VLLMTeacher if config.engine == "vllm" else LocalTeacher)(config.teacher, sampling, **local)
+    judge_model: Teacher | None = None
+    judge_url, brief = config.judge_base_url or config.base_url, Sampling(JUDGE_TOKENS)
+    if config.judge is not None and judge_url is not None:
+        if config.judge_api_key_env is not None:
+            key = read_key(config.judge_api_key_env, required=True)
+        elif judge_url != config.base_url:  # nobody is shown another one's key
+            key = None
+        judge_model = ServerTeacher(config.judge, judge_url, key, brief, **served)
+    elif config.judge is not None:
+        judge_model = LocalTeacher(config.judge, brief, **local)
+    student = None
+    if config.difficulty_student is not None:
+        student = LocalTeacher(config.difficulty_student, Sampling(config.max_tokens, config.temperature), **local)
+    return teacher, judge_model, student
+
+
+def _load_tokenizer(student: str) -> Any:
+    folder = str(dense_student(student)) if student in BUILTIN_STUDENTS else student
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise GenerateError(f"student: the tokenizer of {student!r} cannot be loaded ({reason})") from error
+
+
+class _Work:
+    """Requests, answers and verdicts of all models over the same questions and prompts.
+
+    requested: model -> requests sent in this run. failures: key -> reason, of requests that are still open.
+    """
+
+    def __init__(
+        self,
+        config: GenerateConfig,
+        records: Sequence[Record],
+        prompts: Mapping[str, str],
+        ledger: Ledger,
+        judge_model: Teacher | None,
+    ) -> None:
+        self.config, self.records, self.prompts, self.ledger = config, records, prompts, ledger
+        self.judge_model = judge_model
+        self.requested: Counter[str] = Counter()
+        self.failures: dict[str, str] = {}
+
+    def requests(self, model: Teacher) -> dict[Pair, Request]:
+        identity, line = model.identity, answer_line(self.config.prompt_format)
+        requests = {}
+        for record in self.records:
+            for name, prompt in self.prompts.items():
+                text = fill(prompt, {"question": record.question, "answer_line": line})
+                requests[record.id, name] = Request(request_key(identity, text), record.id, name, text)
+        return requests
+
+    def answers(self, model: Teacher) -> dict[Pair, Answer]:
+        """Those that are in the ledger."""
+        known = self.ledger.answers
+        return {pair: known[request.key] for pair, request in self.requests(model).items() if request.key in known}
+
+    def verdicts(self, model: Teacher) -> dict[Pair, Verdict]:
+        """Asks what is not in the ledger yet; then of every answer."""
+        self._ask(model, self.requests(model).values(), "answer")
+        by_id = {record.id: record for record in self.records}
+        verdicts = {
+            pair: judge(answer, by_id[pair[0]].answer, self.config.prompt_format)
+            for pair, answer in self.answers(model).items()
+        }
+        return verdicts if self.judge_model is None else verdicts | self._judge_free_text(self.judge_model, verdicts)
+
+    def _judge_free_text(self, model: Teacher, verdicts: Mapping[Pair, Verdict]) -> dict[Pair, Verdict]:
+        """Second opinions, of the model judge, on free-text answers in other words."""
+        prompt = JUDGE_PROMPT.read_text(encoding="utf-8").strip()
+        by_id = {record.id: record for record in self.records}
+        requests = {}
+        for pair, verdict in verdicts.items():
+            record = by_id[pair[0]]
+            if verdict.reason == WRONG and verdict.given and is_free_text(record.answer):
+                values = {"question": record.question, "answer": record.answer, "given": verdict.given}
+                text = fill(prompt, values)
+                requests[pair] = Request(request_key(model.identity, text), record.id, f"judge of {pair[1]}", text)
+        self._ask(model, requests.values(), "verdict")
+        opinions = {}
+        for pair, request in requests.items():
+            reply = self.ledger.answers.get(request.key)
+            says = None if reply is None else says_yes(reply.text)
+            opinions[pair] = replace(verdicts[pair], reason={True: None, False: WRONG, None: UNDECIDED}[says])
+        return opinions
+
+    def _ask(self, model: Teacher, requests: Iterable[Request], unit: str) -> None:
+        wanted = {request.key: request for request in requests}  # the same prompt twice is one request
+        pending = [request for key, request in wanted.items() if key not in self.ledger.answers]
+        if not pending:
+            return
+        done = len(wanted) - len(pending)
+        with tqdm(
+            total=len(wanted), initial=done, desc=f"asking {model.model}", unit=unit, disable=self.config.disable_tqdm
+        ) as bar:
+            model.answer_all(pending, _Desk(self, model.model, bar), proven=done > 0)
+
+
+class _Desk:
+    """Where the answers arrive: into the ledger first, then onto the progress bar."""
+
+    def __init__(self, work: _Work, model: str, bar: Any) -> None:
+        self.work, self.model, self.bar = work, model, bar
+        self.failed_requests = self.tokens = 0
+        self.start = time.perf_counter()
+
+    def answered(self, request: Request, answer: Answer) -> None:
+        self.work.ledger.append(request, self.model, answer)
+        self.work.requested[self.model] += 1
+        self.tokens += answer.completion_tokens or 0
+        self.bar.update()
+        self._show()
+
+    def failed(self, request: Request, reason: str) -> None:
+        self.work.failures[request.key] = reason
+        self.work.requested[self.model] += 1
+        self.failed_requests += 1
+        self._show()
+
+    def _show(self) -> None:
+        rate = self.tokens / (time.perf_counter() - self.start)
+        self.bar.set_postfix(failed=self.failed_requests, tokens=self.tokens, tokens_per_s=f"{rate:.0f}", refresh=False)
+
+
+def _select(
+    config: GenerateConfig,
+    records: Sequence[Record],
+    prompts: Mapping[str, str],
+    verdicts: Mapping[Pair, Verdict],
+    difficulties: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """The records of the output."""
+    right: dict[str, dict[str, str]] = {}
+    for record in records:
+        found = {name: verdicts[record.id, name] for name in prompts if (record.id, name) in verdicts}
+        texts = {name: verdict.text for name, verdict in found.items() if verdict.reason is None}
+        if texts and record.id in difficulties:
+            right[record.id] = texts
+    chosen = choose_questions(
+        {name: difficulties[name] for name in right},
+        easy_difficulty=config.easy_difficulty,
+        easy_share=config.easy_share,
+        target_size=config.target_size,
+        seed=config.seed,
+    )
+    rows = []
+    for record in records:
+        if record.id not in chosen:
+            continue
+        duplicates = near_duplicates(right[record.id])
+        rationales = [
+            {"perspective": name, "text": text, "answer": record.answer}
+            | ({"near_duplicate_of": duplicates[name]} if name in duplicates else {})
+            for name, text in right[record.id].items()
+        ]
+        row: dict[str, Any] = {"id": record.id, "question": record.question, "answer": record.answer}
+        row |= {"rationales": rationales, "difficulty": round(difficulties[record.id], 4)}
+        rows.append(row if record.source is None else row | {"source": record.source})
+    return rows
+
+
+def _store_topk(
+    config: GenerateConfig,
+    files: Files,
+    requests: Mapping[Pair, Request],
+    ledger: Ledger,
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[str, int] | None:
+    """Writes the log-probabilities of the rationales kept; returns how many tokens they cover, None without any.
+
+    Raises: GenerateError when the teacher's tokens are not the student's.
+    """
+    if not config.top_logprobs:
+        return None
+    assert config.student is not None
+    student = StudentTokens(config.student, _load_tokenizer(config.student))
+    kept: dict[str, list[tuple[Pair, str]]] = {}
+    for row in rows:
+        for rationale in row["rationales"]:
+            pair = row["id"], rationale["perspective"]
+            kept.setdefault(requests[pair].key, []).append((pair, rationale["text"]))
+    covered = {"tokens": 0, "aligned": 0}
+
+    def aligned() -> Iterator[tuple[str, str, list[int], TopK, Any]]:
+        for key, topk in ledger.read_topk():
+            for pair, text in kept.get(key, ()):
+                token_ids, index = student.align(topk, text)
+                covered["tokens"] += len(token_ids)
+                covered["aligned"] += int((index >= 0).sum())
+                yield *pair, token_ids, topk, index
+        student.check_share(config.teacher, covered["aligned"], covered["tokens"])
+
+    write_topk(files.topk, aligned(), config.top_logprobs)
+    return covered
+
+
+def _rule(config: GenerateConfig) -> str:
+    """How questions are selected, in words."""
+    whose = "the teacher" if config.difficulty_student is None else config.difficulty_student
+    part = f"{config.easy_share:.0%}" if config.target_size is None else f"as many as fit {config.target_size}"
+    return (
+        f"difficulty: the share of its answers that {whose} gets wrong; easy: at most {config.easy_difficulty:g}; "
+        f"all hard questions are kept, of the easy ones {part}, chosen by seed {config.seed}"
+    )

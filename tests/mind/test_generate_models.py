@@ -1,0 +1,307 @@
+"""`mind generate` with models: behind a real server (`transformers serve`), behind a faulty proxy of it, and local.
+
+The tiny teacher answers 5 to everything, so what is right is known. About a minute, most of it the server's start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mind.cli import main
+from mind.data import load_records
+from mind.generate.ledger import Answer, Request
+from mind.generate.teachers import LocalTeacher, Sampling
+from mind.generate.topk import StudentTokens
+from mind.students import dense_student
+
+from .generating import command, generate, refused, write
+from .loopback import Reply, completion, forward, loopback, refusal
+from .test_trainer import one_thread  # noqa: F401
+from .tiny_teacher import SENTENCE, tiny_teacher, write_prompts
+
+TEXT = SENTENCE.partition("\n")[0]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_teacher(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def no_template(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny teacher without its chat template."""
+    folder = tmp_path_factory.mktemp("plain")
+    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of `transformers serve`, which loads the folder that a request names."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = tmp_path_factory.mktemp("serve")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder), "OMP_NUM_THREADS": "1"}
+    executable = Path(sys.executable).with_name("transformers")
+    arguments = [str(executable), "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(arguments, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-2000:]
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def fives(count: int) -> list[dict[str, Any]]:
+    """Every third question is one that the tiny teacher gets wrong."""
+    return [
+        {"id": f"q{i}", "question": f"What is {i} + {5 - i if i % 3 else 9}?", "answer": "5" if i % 3 else str(i + 9)}
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """With three questions, and prompts of two perspectives in mine/."""
+    write(tmp_path / "questions.jsonl", fives(3))
+    write_prompts(tmp_path / "mine")
+    return tmp_path
+
+
+def settings(folder: Path, teacher: Path | str, **changes: Any) -> dict[str, Any]:
+    return {"teacher": teacher, "prompts": folder / "mine", "max_tokens": 80, "timeout": 60} | changes
+
+
+def assert_tiny_records(folder: Path, report: dict[str, Any]) -> None:
+    records = load_records(folder / "out.jsonl")
+    assert [record.id for record in records] == ["q1", "q2"]
+    for record in records:
+        assert [(r.perspective, r.text, r.answer) for r in record.rationales] == [
+            ("aloud", TEXT, "5"),
+            ("steps", TEXT, "5"),
+        ]
+    assert report["perspectives"]["steps"]["dropped"] == {"wrong answer": 1}
+    assert report["perspectives"]["steps"]["completion_tokens"] == 3 * (len(SENTENCE) + 1)
+    assert report["near_duplicates"] == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A real server
+
+
+def test_a_real_server(folder: Path, tiny: Path, served: str) -> None:
+    report = generate(folder, served, **settings(folder, tiny))
+    assert_tiny_records(folder, report)
+    assert report["requests"] == {str(tiny): 6}
+
+
+def test_a_real_server_behind_a_faulty_proxy(folder: Path, tiny: Path, served: str) -> None:
+    ask = forward(served)
+    faults = {
+        1: refusal(429, "slow down", retry_after="1"),
+        2: refusal(500, "ouch"),
+        4: Reply(b"", delay=11),
+        5: Reply(b'{"choices": []}'),
+    }
+
+    def faulty(body: dict[str, Any], number: int) -> Reply:
+        if number in faults:
+            return faults[number]
+        reply = ask(body, number)
+        if number == 3:
+            reply.cut = len(reply.body) // 2  # the connection breaks in the body
+        if number == 6:
+            reply.body = reply.body[:-10]  # malformed JSON
+        if number == 7:
+            reply.body = json.dumps(json.loads(reply.body), ensure_ascii=False).replace("Two", "Zwölf").encode("cp1252")
+        return reply
+
+    with loopback(faulty) as proxy:
+        report = generate(folder, proxy.url, **settings(folder, tiny, concurrency=2, timeout=10))
+    assert_tiny_records(folder, report)
+    assert report["failed"] == 0 and len(proxy.bodies) >= 6 + 7
+    keys = [json.loads(line)["key"] for line in (folder / "out.ledger.jsonl").read_text().splitlines()]
+    assert len(keys) == len(set(keys)) == 6
+
+
+def test_smollm2_behind_a_real_server(folder: Path, served: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Too small to be right: that it answers, is judged and is paid for once is what counts."""
+    write(folder / "questions.jsonl", [{"id": "q", "question": "What is 2 + 3?", "answer": "5"}])
+    for _ in range(2):
+        status = main(command(folder, served, **settings(folder, dense_student("smollm2-135m"), max_tokens=40)))
+        error = capsys.readouterr().err
+        assert status == 0 if (folder / "out.jsonl").exists() else "of 2 rationales none is right" in error
+        lines = [json.loads(line) for line in (folder / "out.ledger.jsonl").read_text().splitlines()]
+        assert sorted(line["perspective"] for line in lines) == ["aloud", "steps"]
+        for line in lines:
+            assert line["text"].strip() and 0 < line["completion_tokens"] <= 40 and line["prompt_tokens"] > 20
+            assert "\ufffd" not in line["text"] and line["finish_reason"] in ("stop", "length")
+
+
+def test_what_a_real_server_refuses(
+    folder: Path, tiny: Path, no_template: Path, served: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for given, message in (
+        ({"teacher": folder / "absent"}, "answers 500: "),
+        ({"teacher": no_template}, "answers 500: "),
+        ({"extra_body": '{"bogus": 1}'}, "refuses the request of question 'q0' (422: "),
+        (
+            {"top_logprobs": 5, "student": tiny},
+            "returns no log-probabilities, want a server that does, or top_logprobs 0",
+        ),
+        ({"base_url": served + "/v2"}, "does not know the model or the address (404: "),
+    ):
+        line = refused(folder, capsys, **({"base_url": served} | settings(folder, tiny) | given))
+        assert line.startswith("teacher '") and message in line
+        assert not list(folder.glob("out.jsonl")) and not list(folder.glob("out.ledger.jsonl"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A local model
+
+
+def test_a_local_model(folder: Path, tiny: Path) -> None:
+    """In batches that do not divide the prompts, and with the second batch lost."""
+    local = settings(folder, tiny, base_url=None, concurrency=4)
+    report = generate(folder, "", **local)
+    assert_tiny_records(folder, report)
+    whole = (folder / "out.jsonl").read_bytes()
+    ledger = folder / "out.ledger.jsonl"
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:4]))
+    assert generate(folder, "", **local)["requests"] == {str(tiny): 2}
+    assert (folder / "out.jsonl").read_bytes() == whole
+
+
+def test_difficulty_by_a_student(folder: Path, tiny: Path) -> None:
+    """The teacher is always right; the student only where the answer is 5."""
+
+    def teacher(body: dict[str, Any], number: int) -> Reply:
+        prompt = body["messages"][0]["content"]
+        answer = next(record["answer"] for record in fives(6) if record["question"] in prompt)
+        return completion(f"{prompt.split()[1]} leads there.\nThe answer is {answer}.")
+
+    write(folder / "questions.jsonl", fives(6))
+    with loopback(teacher) as server:
+        chosen = {"difficulty_student": tiny, "easy_share": 0.5, "seed": 1}
+        report = generate(folder, server.url, **settings(folder, "m", **chosen))
+    records = load_records(folder / "out.jsonl")
+    assert {record.id: record.difficulty for record in records} | {"q0": 1, "q3": 1} == {
+        record.id: record.difficulty for record in records
+    }
+    assert len(records) == 4 and report["questions"]["dropped"] == {"easy, not chosen": 2}
+    assert report["requests"] == {"m": 12, str(tiny): 12} and str(tiny) in report["rule"]
+
+
+class Received:
+    """A sink that keeps what comes."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Answer] = {}
+
+    def answered(self, request: Request, answer: Answer) -> None:
+        self.answers[request.id] = answer
+
+    def failed(self, request: Request, reason: str) -> None:
+        raise AssertionError(reason)
+
+
+def ask_locally(tiny: Path, sampling: Sampling, texts: list[str], **options: Any) -> list[Answer]:
+    sink = Received()
+    requests = [Request(str(i), str(i), "p", text) for i, text in enumerate(texts)]
+    LocalTeacher(str(tiny), sampling, **options).answer_all(requests, sink, proven=True)
+    return [sink.answers[str(i)] for i in range(len(texts))]
+
+
+def test_local_answers_do_not_depend_on_the_batch(tiny: Path) -> None:
+    texts = ["Say aloud. What is 1 + 4? The answer is ….", "Hm", "x" * 990, "Go in steps: What is 4 + 1?"]
+    together = ask_locally(tiny, Sampling(max_tokens=50), texts, batch_size=4)
+    alone = ask_locally(tiny, Sampling(max_tokens=50), texts, batch_size=1)
+    assert together == alone and together[0] == Answer(SENTENCE, "stop", together[0].prompt_tokens, len(SENTENCE) + 1)
+    assert together[2].refusal is not None and "exceed the model's 1024 positions" in together[2].refusal
+    cut = ask_locally(tiny, Sampling(max_tokens=3), texts[:1])[0]
+    assert (cut.text, cut.finish_reason, cut.completion_tokens) == ("Two", "length", 3)
+
+
+def test_sampling_is_seeded(tiny: Path) -> None:
+    hot = Sampling(max_tokens=20, temperature=3.0)
+    first, again, other = (ask_locally(tiny, hot, ["Say"], seed=seed)[0].text for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_local_log_probabilities(tiny: Path) -> None:
+    """Against a forward pass over prompt and answer; those of a sampled answer too are at temperature 1."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    tokens = StudentTokens("tiny", tokenizer)
+    for temperature in (0.0, 2.0):
+        sampling = Sampling(max_tokens=30, temperature=temperature, top_logprobs=4, student=tokens)
+        texts = ["Say aloud. What is 1 + 4? The answer is ….", "Hm"]
+        for text, answer in zip(texts, ask_locally(tiny, sampling, texts), strict=True):
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+            )
+            prompt_ids = tokenizer(prompt).input_ids
+            assert answer.topk is not None
+            ids = answer.topk.token_ids.tolist()
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt_ids + ids])).logits[0, len(prompt_ids) - 1 : -1]
+            wanted, wanted_ids = logits.log_softmax(-1).topk(4)
+            torch.testing.assert_close(torch.from_numpy(answer.topk.logprobs.copy()), wanted, atol=1e-4, rtol=1e-4)
+            assert answer.topk.top_ids[:, 0].tolist() == wanted_ids[:, 0].tolist()
+            assert len(ids) == answer.completion_tokens - (answer.finish_reason == "stop")  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "changes", "message"),
+    [
+        ("no_template", {}, "its tokenizer has no chat template, want an instruct model"),
+        ("tiny", {"max_tokens": 1000}, "question 'q0': "),
+        ("absent", {}, "want smollm2-135m or gemma3-270m, a Hugging Face causal LM folder"),
+        ("tiny", {"top_logprobs": 3, "student": "no/such"}, "student: the tokenizer of 'no/such' cannot be loaded"),
+    ],
+)
+def test_local_models_that_cannot_be_used(
+    teacher: str,
+    changes: dict[str, Any],
+    message: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    name = "nobody/nothing" if teacher == "absent" else request.getfixturevalue(teacher)
+    capsys.readouterr()
+    assert main(command(folder, "", **settings(folder, name, base_url=None, **changes))) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]
+    assert len(lines) == 1 and message in lines[0]
+    assert {path.name for path in folder.glob("out*")} <= {"out.ledger.jsonl.lock"}
