@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.measure import OK, environment, measure_case, write_json
-from bench.providers import PROVIDERS
+from bench.providers import PROVIDERS, find_provider
 from bench.shapes import LOSS_CASES, LossCase
 
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="bench.losses", description="Every provider on every case: errors, memory, times.")
     parser.add_argument("--device", default=default_device(), help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--cases", nargs="+", metavar="NAME", help=f"of {', '.join(LOSS_CASES)}")
-    parser.add_argument("--providers", nargs="+", metavar="NAME", help=f"of {', '.join(PROVIDERS)}")
+    parser.add_argument("--providers", nargs="+", metavar="NAME", help=f"of {', '.join(PROVIDERS)}; mind@64MiB: with that budget")
     parser.add_argument("--rows", nargs="+", type=int, metavar="N", help="rows instead of each case's own")
     parser.add_argument("--dtypes", nargs="+", metavar="NAME", default=["bfloat16"], help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="then nothing more is begun")
@@ -119,7 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes through the same code")
     args = parser.parse_args(arguments)
     device = check_device(parser, args.device)
-    providers = [PROVIDERS[name] for name in chosen(parser, "--providers", args.providers, list(PROVIDERS))]
+    try:
+        providers = [find_provider(name) for name in args.providers or PROVIDERS]
+    except ValueError as error:
+        parser.error(f"--providers: {error}")
     dtypes = chosen(parser, "--dtypes", args.dtypes, list(DTYPES))
     names = chosen(parser, "--cases", args.cases, list(LOSS_CASES))
     if any(n <= 0 for n in args.rows or ()):

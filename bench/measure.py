@@ -39,6 +39,7 @@ TOLERANCE_ROWS, LOSS_BLOCKS = 256, 8  # on which PyTorch's own error is taken
 REFERENCE_FLOP = {"cpu": 1e12, "cuda": 4e14}  # some seconds in the reference's dtype: more rows than that are cut
 PRODUCT_ROWS = 16_384  # of a bare product, so that (N, V) fits
 COPY_BYTES = 2**28
+SLOW = 5.0  # times the products: measured once
 REPETITIONS = {"cpu": (3, 15), "cuda": (7, 50)}  # at least, at most
 
 OK, WRONG, OOM, UNAVAILABLE, FAILED, NOT_RUN = "ok", "WRONG", "OOM", "unavailable", "failed", "not run"
@@ -55,6 +56,7 @@ class Row:
     note: str = ""
     errors: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
+    rounds: int = 0
     times: dict[str, dict[str, float]] = field(default_factory=dict)  # mode -> p20, p50, p80 in ms
     roofline_fraction: dict[str, float] = field(default_factory=dict)  # mode -> roofline / p50
 
@@ -255,7 +257,8 @@ def measure_case(
     seconds: for the timed rounds. deadline: in time.perf_counter's seconds; what has not begun by then is not run.
     """
     torch.compiler.reset()  # compiled code of earlier cases counts against the limit of recompilations
-    rows = [Row(provider.name, version(provider.package)) for provider in providers]
+    by_name = {provider.name: provider for provider in providers}
+    rows = [Row(provider.name, version(provider.package)) for provider in by_name.values()]
     document = describe(case, num_rows, dtype) | {"rows": rows}
     preparation = Row("inputs", None)
     given = attempt(preparation, lambda: _prepare(case, num_rows, dtype, device))
@@ -283,7 +286,7 @@ def measure_case(
         say(f"{document['id']}: {row.provider}")
 
         def check(row: Row = row) -> Call:
-            call = PROVIDERS[row.provider].prepare(case, device, dtype)
+            call = by_name[row.provider].prepare(case, device, dtype)
             row.note = call.note
             result = run_once(call, checked)
             if call.row_weights is not None and call.row_weights not in exact:
@@ -333,8 +336,9 @@ def _time(
             by_name[name].status, by_name[name].reason = floor.status, f"the bare products: {floor.reason}"
         return
     bare: list[dict[str, float]] = []
+    slow: dict[str, list[dict[str, float]]] = {}
     least, most = REPETITIONS[device]
-    warm = False  # the first round finds compiled code and memory, and is thrown away
+    warm = False  # the first round finds compiled code and memory; only of a slow provider it counts, and is all
     start = time.perf_counter()
     while len(bare) < most and (len(bare) < least or time.perf_counter() - start < seconds):
         round_of_bare = roofline.times(clock)
@@ -344,6 +348,9 @@ def _time(
                 del times[name]
             elif warm:
                 times[name].append(found)
+            elif found["both"] > max(SLOW * round_of_bare["both"], 1e3 * seconds / most):
+                slow[name] = [found]
+                del times[name]
         if warm:
             bare.append(round_of_bare)
         warm = True
@@ -356,8 +363,9 @@ def _time(
         "copy_bytes_per_second": 1e3 * rate,
         "roofline_ms": floors,
     }
-    for name, entries in times.items():
+    for name, entries in (times | slow).items():
         row = by_name[name]
+        row.rounds = len(entries)
         row.times = {mode: quantiles([entry[mode] for entry in entries]) for mode in MODES}
         # Both are small where gradients are made in the forward pass: a fraction says nothing of such a backward.
         row.roofline_fraction = {mode: floors[mode] / row.times[mode]["p50"] for mode in ("forward", "both")}

@@ -10,8 +10,9 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import math
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -397,3 +398,18 @@ PROVIDERS = {
         Provider("fla", "fla-core", flash_linear_attention),
     )
 }
+
+
+def find_provider(name: str) -> Provider:
+    """A name in PROVIDERS, or one of this project's paths with its budget, as mind@64MiB.
+
+    Raises: ValueError naming what was given and what there is.
+    """
+    base, _, budget = name.partition("@")
+    match = re.fullmatch(r"(\d+)MiB", budget)
+    if base in PROVIDERS and not budget:
+        return PROVIDERS[base]
+    if base in PROVIDERS and PROVIDERS[base].is_ours and match and int(match[1]) > 0:
+        backend = "triton" if base.endswith("triton") else "torch"
+        return replace(PROVIDERS[base], name=name, prepare=mind(backend, int(match[1]) * 2**20))
+    raise ValueError(f"given {name!r}, want one of {', '.join(PROVIDERS)}, or mind@64MiB for a budget of its logits")
