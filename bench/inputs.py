@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -63,11 +63,11 @@ class Inputs:
         return (1 + teacher) * self.gradient_bytes
 
     def rows(self, index: Tensor) -> Inputs:
-        """Some rows of a case in which every row weighs the same, as a case of their own."""
+        """Some supervised rows, all of the same weight."""
         teacher = self.teacher and TeacherHidden(self.teacher.hidden_states[index], self.teacher.lm_head_weight)
         weights = torch.full((len(index),), 1 / len(index), device=index.device)
         X = self.hidden_states.detach()[index].requires_grad_()
-        return replace(self, hidden_states=X, labels=self.labels[index], row_weights=weights, teacher=teacher)
+        return Inputs(X, self.lm_head_weight, self.labels[index], weights, self.loss, self.logit_softcap, teacher)
 
     def num_rows(self) -> tuple[int, int]:
         """(rows with a gradient, supervised rows without one)."""
@@ -167,32 +167,46 @@ class LossAndGradients:
 
 def reference(given: Inputs, row_weights: Tensor) -> LossAndGradients:
     """Loss and gradients by their formula in fp32 (fp64 for fp32 inputs), over as many rows at a time as fit."""
-    dtype = torch.float64 if given.hidden_states.dtype in (torch.float32, torch.float64) else torch.float32
+    X, dtype = given.hidden_states.detach(), reference_dtype(given)
     W = given.lm_head_weight.detach().to(dtype).requires_grad_()
-    X = given.hidden_states.detach()
     grad_X = torch.zeros(X.shape, dtype=dtype, device=X.device)
     total = torch.zeros((), dtype=torch.float64, device=X.device)
-    rows = row_weights.nonzero().squeeze(1)
-    for index in rows.split(max(1, REFERENCE_BYTES // (len(W) * dtype.itemsize))):
+    for index in _reference_rows(row_weights, W):
         x = X[index].to(dtype).requires_grad_()
-        if given.teacher is None:
-            z = reference_logits(x, W, logit_softcap=given.logit_softcap)
-            losses = F.cross_entropy(z, given.labels[index], reduction="none")
-            loss = (row_weights[index].to(dtype) * losses).sum()
-        else:  # every row weighs the same
-            teacher = TeacherHidden(
-                given.teacher.hidden_states[index].to(dtype), given.teacher.lm_head_weight.detach().to(dtype)
-            )
-            divergence = {"kl": "forward", "jsd": "jsd"}[given.loss]
-            loss, _ = reference_linear_kl(
-                x, W, teacher, given.labels[index], divergence=divergence, reduction="sum",
-                logit_softcap=given.logit_softcap,
-            )  # fmt: skip
-            loss = loss * row_weights[index[0]].to(dtype)
+        loss = _reference_loss(given, x, W, index, row_weights[index].to(dtype))
         loss.backward()
         total += loss.detach()
-        grad_X[index] = x.grad
+        grad_X[index] = x.grad if x.grad is not None else 0
     return LossAndGradients(total, grad_X, W.grad if W.grad is not None else torch.zeros_like(W))
+
+
+@torch.no_grad()
+def reference_loss(given: Inputs) -> Tensor:
+    """The loss alone."""
+    dtype = reference_dtype(given)
+    W = given.lm_head_weight.to(dtype)
+    total = torch.zeros((), dtype=torch.float64, device=W.device)
+    for index in _reference_rows(given.row_weights, W):
+        total += _reference_loss(given, given.hidden_states[index].to(dtype), W, index, given.row_weights[index])
+    return total
+
+
+def reference_dtype(given: Inputs) -> torch.dtype:
+    return torch.float64 if given.hidden_states.dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def _reference_rows(row_weights: Tensor, W: Tensor) -> tuple[Tensor, ...]:
+    return row_weights.nonzero().squeeze(1).split(max(1, REFERENCE_BYTES // (len(W) * W.element_size())))
+
+
+def _reference_loss(given: Inputs, x: Tensor, W: Tensor, index: Tensor, row_weights: Tensor) -> Tensor:
+    if given.teacher is None:
+        z = reference_logits(x, W, logit_softcap=given.logit_softcap)
+        return (row_weights * F.cross_entropy(z, given.labels[index], reduction="none")).sum()
+    teacher = TeacherHidden(given.teacher.hidden_states[index].to(x.dtype), given.teacher.lm_head_weight.to(x.dtype))
+    divergence = {"kl": "forward", "jsd": "jsd"}[given.loss]
+    loss, _ = reference_linear_kl(x, W, teacher, given.labels[index], divergence=divergence, reduction="sum")
+    return loss * row_weights[0]  # all weigh the same
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -92,8 +92,9 @@ def show(document: dict[str, Any]) -> None:
     table.add_column("worst error", justify="right")
     table.add_column("")
     for row in document["rows"]:
-        times = [f"{row['times'][mode]['p50']:.2f}" if row["times"] else "" for mode in ("forward", "backward")]
+        times = [f"{row['times'][mode]['p50']:.2f}" if mode in row["times"] else "" for mode in ("forward", "backward")]
         times += [f"{row['times']['both'][p]:.2f}" if row["times"] else "" for p in ("p20", "p50", "p80")]
+        errors = [error for error in row["errors"].values() if error is not None]
         status = row["note"] if row["status"] == OK else f"{row['status']}: {row['reason']}"
         table.add_row(
             row["provider"],
@@ -101,7 +102,7 @@ def show(document: dict[str, Any]) -> None:
             *times,
             f"{row['roofline_fraction']['both']:.0%}" if row["times"] else "",
             "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / MiB:,.0f}",
-            f"{max(row['errors'].values()):.1e}" if row["errors"] else "",
+            f"{max(errors):.1e}" if errors else "",
             status,
         )
     Console(width=None if sys.stdout.isatty() else 200).print(table)
@@ -111,7 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="bench.losses", description="Every provider on every case: errors, memory, times.")
     parser.add_argument("--device", default=default_device(), help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--cases", nargs="+", metavar="NAME", help=f"of {', '.join(LOSS_CASES)}")
-    parser.add_argument("--providers", nargs="+", metavar="NAME", help=f"of {', '.join(PROVIDERS)}; mind@64MiB: with that budget")
+    parser.add_argument(
+        "--providers", nargs="+", metavar="NAME", help=f"of {', '.join(PROVIDERS)}; mind@64MiB: with that budget"
+    )
     parser.add_argument("--rows", nargs="+", type=int, metavar="N", help="rows instead of each case's own")
     parser.add_argument("--dtypes", nargs="+", metavar="NAME", default=["bfloat16"], help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="then nothing more is begun")

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.inputs import Inputs, InputsError, LossAndGradients, make_inputs, reference
+from bench.inputs import Inputs, InputsError, LossAndGradients, make_inputs, reference, reference_loss
 from bench.providers import PROVIDERS, Call, Provider, Unavailable, version
 from bench.shapes import HEADS, LossCase
 from mind_kernels.testing import peak_extra_bytes
@@ -39,7 +39,7 @@ TOLERANCE_ROWS, LOSS_BLOCKS = 256, 8  # on which PyTorch's own error is taken
 REFERENCE_FLOP = {"cpu": 1e12, "cuda": 4e14}  # some seconds in the reference's dtype: more rows than that are cut
 PRODUCT_ROWS = 16_384  # of a bare product, so that (N, V) fits
 COPY_BYTES = 2**28
-SLOW = 5.0  # times the products: measured once
+SLOW_SECONDS = 4.0  # of a training step: measured once
 REPETITIONS = {"cpu": (3, 15), "cuda": (7, 50)}  # at least, at most
 
 OK, WRONG, OOM, UNAVAILABLE, FAILED, NOT_RUN = "ok", "WRONG", "OOM", "unavailable", "failed", "not run"
@@ -47,14 +47,14 @@ OK, WRONG, OOM, UNAVAILABLE, FAILED, NOT_RUN = "ok", "WRONG", "OOM", "unavailabl
 
 @dataclass
 class Row:
-    """One provider in one case. errors and allowed: relative errors by part. peak_bytes: of forward + backward."""
+    """One provider in one case. errors: relative, by part, None for NaN. peak_bytes: of forward + backward."""
 
     provider: str
     version: str | None
     status: str = OK
     reason: str = ""
     note: str = ""
-    errors: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float | None] = field(default_factory=dict)
     peak_bytes: int | None = None
     rounds: int = 0
     times: dict[str, dict[str, float]] = field(default_factory=dict)  # mode -> p20, p50, p80 in ms
@@ -100,12 +100,11 @@ def run_once(call: Call, given: Inputs) -> LossAndGradients:
 
 
 def relative_error(given: Tensor, exact: Tensor) -> float:
-    """‖given − exact‖ / ‖exact‖ in fp64, a block of rows at a time."""
+    """‖given − exact‖ / ‖exact‖, differences in the reference's dtype, sums in fp64, a block of rows at a time."""
     difference = size = 0.0
     for a, b in zip(torch.atleast_1d(given).split(8192), torch.atleast_1d(exact).split(8192), strict=True):
-        b = b.double()
-        difference += float((a.double() - b).square().sum())
-        size += float(b.square().sum())
+        difference += float(torch.linalg.vector_norm(a.to(b.dtype) - b, dtype=torch.float64)) ** 2
+        size += float(torch.linalg.vector_norm(b, dtype=torch.float64)) ** 2
     return (difference / size) ** 0.5 if size else difference**0.5
 
 
@@ -113,20 +112,17 @@ def relative_errors(given: LossAndGradients, exact: LossAndGradients) -> dict[st
     return {name: relative_error(getattr(given, name), getattr(exact, name)) for name in vars(exact)}
 
 
-def allowed_errors(case: LossCase, dtype: torch.dtype, device: str) -> dict[str, float]:
-    """4 × the error of plain PyTorch in this dtype + 1e-5, for the loss and for each gradient.
+def allowed_errors(case: LossCase, given: Inputs, dtype: torch.dtype, device: str) -> dict[str, float]:
+    """4 × the error of plain PyTorch in this dtype + 1e-5, for the loss and for each gradient, on the first rows.
 
     A loss is one number, whose rounding may be lucky: its error is the root mean square over blocks of rows.
     """
-    rows = replace(case, batch="rows")
-    given = make_inputs(rows, TOLERANCE_ROWS, dtype, device)
-    plain = PROVIDERS["pytorch"].prepare(rows, device, dtype)
-    errors = relative_errors(run_once(plain, given), reference(given, given.row_weights))
-    squares = []
-    for index in torch.arange(TOLERANCE_ROWS, device=device).split(TOLERANCE_ROWS // LOSS_BLOCKS):
-        block = given.rows(index)
-        loss = plain.loss(block).detach()
-        squares.append(relative_error(loss, reference(block, block.row_weights).loss) ** 2)
+    index = (given.row_weights != 0).nonzero().squeeze(1)[:TOLERANCE_ROWS]
+    few = given.rows(index)
+    plain = PROVIDERS["pytorch"].prepare(replace(case, batch="rows"), device, dtype)
+    errors = relative_errors(run_once(plain, few), reference(few, few.row_weights))
+    blocks = [given.rows(block) for block in index.split(max(1, len(index) // LOSS_BLOCKS))]
+    squares = [relative_error(plain.loss(block).detach(), reference_loss(block)) ** 2 for block in blocks]
     errors["loss"] = (sum(squares) / len(squares)) ** 0.5
     return {name: ERROR_FACTOR * error + ERROR_FLOOR for name, error in errors.items()}
 
@@ -166,31 +162,35 @@ class Clock:
         return self.between(start, self.mark())
 
 
-def step_times(call: Call, given: Inputs, clock: Clock) -> dict[str, float]:
-    """forward: without a gradient. backward: that of a training step. both: the training step, forward and backward."""
-
-    def forward() -> None:
-        with torch.no_grad():
-            call.loss(given)
-
-    alone = clock(forward)
+def training_step(call: Call, given: Inputs, clock: Clock) -> tuple[dict[str, float], LossAndGradients]:
+    """(backward: of a training step, both: the training step's forward and backward, in ms) and what it computes."""
     start = clock.mark()
     loss = call.loss(given)
     middle = clock.mark()
     gradients = torch.autograd.grad(loss, given.leaves)
     stop = clock.mark()
-    del gradients
-    return {"forward": alone, "backward": clock.between(middle, stop), "both": clock.between(start, stop)}
+    times = {"backward": clock.between(middle, stop), "both": clock.between(start, stop)}
+    return times, LossAndGradients(loss.detach(), *gradients)
 
 
-def peak_bytes(call: Call, given: Inputs, device: str) -> int:
-    """Of forward + backward above the inputs, gradients included."""
+def step_times(call: Call, given: Inputs, clock: Clock) -> dict[str, float]:
+    """A training step's times, and forward: without a gradient."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            call.loss(given)
+
+    return {"forward": clock(forward)} | training_step(call, given, clock)[0]
+
+
+def peak_bytes(function: Callable[[], object], device: str) -> int:
+    """Of function() above what is held before it, what it keeps included."""
     if device == "cpu":
-        return peak_extra_bytes(lambda: run_once(call, given))
+        return peak_extra_bytes(function)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    run_once(call, given)
+    function()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
@@ -268,6 +268,7 @@ def measure_case(
             row.status, row.reason = status, preparation.reason
         return _plain(document)
     inputs, allowed, checked = given
+    left_out = dict.fromkeys(case.too_slow_on_cpu, "minutes a step on a CPU") if device == "cpu" else {}
     active, passive = inputs.num_rows()
     document |= {
         "rows_with_gradient": active,
@@ -280,44 +281,62 @@ def measure_case(
     exact = {None: reference(checked, checked.row_weights)}
     calls: dict[str, Call] = {}
     for row in rows:
-        if time.perf_counter() > deadline:
-            row.status, row.reason = NOT_RUN, "the time was used up"
+        if row.provider in left_out or time.perf_counter() > deadline:
+            row.status, row.reason = NOT_RUN, left_out.get(row.provider, "the time was used up")
             continue
         say(f"{document['id']}: {row.provider}")
-
-        def check(row: Row = row) -> Call:
-            call = by_name[row.provider].prepare(case, device, dtype)
-            row.note = call.note
-            result = run_once(call, checked)
-            if call.row_weights is not None and call.row_weights not in exact:
-                exact[call.row_weights] = reference(checked, call.row_weights(checked))  # type: ignore[index]
-            row.errors = relative_errors(result, exact[call.row_weights])  # type: ignore[index]
-            return call
-
-        call = attempt(row, check)
+        call = attempt(row, lambda row=row: _check(row, by_name[row.provider], case, checked, exact, device, dtype))
+        row.reason = row.reason or excess(row.errors, allowed)
         if call is None:
             continue
-        row.reason = excess(row.errors, allowed)
         if row.reason:
             row.status = WRONG
             continue
-        row.peak_bytes = attempt(row, lambda call=call: peak_bytes(call, inputs, device))
-        if row.status == OK:
+        attempt(row, lambda row=row, call=call: _first_step(row, call, inputs, device))
+        if row.status == OK and not row.times:
             calls[row.provider] = call
     exact.clear()
-    if calls:
-        say(f"{document['id']}: rounds of {len(calls)} providers")
+    if any(row.status == OK for row in rows):
+        say(f"{document['id']}: rounds of {len(calls)}")
         _time(document, rows, calls, inputs, device, min(seconds, deadline - time.perf_counter()))
     return _plain(document)
 
 
+def _check(
+    row: Row,
+    provider: Provider,
+    case: LossCase,
+    given: Inputs,
+    exact: dict[Any, LossAndGradients],
+    device: str,
+    dtype: torch.dtype,
+) -> Call:
+    """The provider made ready, and its errors."""
+    call = provider.prepare(case, device, dtype)
+    row.note = call.note
+    result = run_once(call, given)
+    if call.row_weights is not None and call.row_weights not in exact:
+        exact[call.row_weights] = reference(given, call.row_weights(given))
+    row.errors = relative_errors(result, exact[call.row_weights])
+    return call
+
+
+def _first_step(row: Row, call: Call, given: Inputs, device: str) -> None:
+    """Peak memory; and the time, where a training step takes so long that it is not repeated."""
+    found: list[dict[str, float]] = []
+    clock = Clock(device)
+    row.peak_bytes = peak_bytes(lambda: found.append(training_step(call, given, clock)[0]), device)
+    if found[0]["both"] > 1e3 * SLOW_SECONDS:
+        row.rounds = 1
+        row.times = {mode: quantiles([value]) for mode, value in found[0].items()}
+
+
 def _prepare(case: LossCase, num_rows: int, dtype: torch.dtype, device: str) -> tuple[Inputs, dict[str, float], Inputs]:
     """The inputs, the allowed errors, and the inputs on which errors are taken: the same unless that takes long."""
-    allowed = allowed_errors(case, dtype, device)
     given = make_inputs(case, num_rows, dtype, device)
-    (V, H) = given.lm_head_weight.shape
-    most = int(REFERENCE_FLOP[device] / (6 * V * H))
-    return given, allowed, given if most >= len(given.labels) else make_inputs(case, most, dtype, device)
+    most = int(REFERENCE_FLOP[device] / (6 * given.lm_head_weight.numel()))
+    checked = given if most >= len(given.labels) else make_inputs(case, most, dtype, device)
+    return given, allowed_errors(case, given, dtype, device), checked
 
 
 def _time(
@@ -336,9 +355,8 @@ def _time(
             by_name[name].status, by_name[name].reason = floor.status, f"the bare products: {floor.reason}"
         return
     bare: list[dict[str, float]] = []
-    slow: dict[str, list[dict[str, float]]] = {}
     least, most = REPETITIONS[device]
-    warm = False  # the first round finds compiled code and memory; only of a slow provider it counts, and is all
+    warm = False  # the first round finds compiled code and memory, and is thrown away
     start = time.perf_counter()
     while len(bare) < most and (len(bare) < least or time.perf_counter() - start < seconds):
         round_of_bare = roofline.times(clock)
@@ -348,9 +366,6 @@ def _time(
                 del times[name]
             elif warm:
                 times[name].append(found)
-            elif found["both"] > max(SLOW * round_of_bare["both"], 1e3 * seconds / most):
-                slow[name] = [found]
-                del times[name]
         if warm:
             bare.append(round_of_bare)
         warm = True
@@ -363,12 +378,14 @@ def _time(
         "copy_bytes_per_second": 1e3 * rate,
         "roofline_ms": floors,
     }
-    for name, entries in (times | slow).items():
+    for name, entries in times.items():
         row = by_name[name]
         row.rounds = len(entries)
         row.times = {mode: quantiles([entry[mode] for entry in entries]) for mode in MODES}
-        # Both are small where gradients are made in the forward pass: a fraction says nothing of such a backward.
-        row.roofline_fraction = {mode: floors[mode] / row.times[mode]["p50"] for mode in ("forward", "both")}
+    for row in rows:
+        # Where gradients are made in the forward pass there is next to no backward: its fraction says nothing.
+        measured = [mode for mode in ("forward", "both") if mode in row.times]
+        row.roofline_fraction = {mode: floors[mode] / row.times[mode]["p50"] for mode in measured}
 
 
 def describe(case: LossCase, num_rows: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -390,6 +407,8 @@ def describe(case: LossCase, num_rows: int, dtype: torch.dtype) -> dict[str, Any
 
 
 def _plain(document: dict[str, Any]) -> dict[str, Any]:
+    for row in document["rows"]:  # JSON has no NaN
+        row.errors = {name: error if math.isfinite(error) else None for name, error in row.errors.items()}
     return document | {"rows": [asdict(row) for row in document["rows"]]}
 
 
