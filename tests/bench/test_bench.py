@@ -314,9 +314,10 @@ def test_compare(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     old = json.loads(run.read_text())
 
     def status(new: dict[str, Any], *arguments: str) -> int:
-        path = tmp_path / "new.json"
-        path.write_text(json.dumps(new))
-        return compare.main([str(run), str(path), *arguments])
+        paths = [tmp_path / "old.json", tmp_path / "new.json"]
+        for path, document in zip(paths, (old, new), strict=True):
+            path.write_text(json.dumps(document))
+        return compare.main([*map(str, paths), *arguments])
 
     assert status(old) == 0
     assert status(changed(old, "mind", slower=1.3)) == 1
@@ -325,7 +326,6 @@ def test_compare(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert status(changed(old, "trl", slower=9.0)) == 0  # a peer's
     assert status(changed(old, "mind", status=WRONG, times={})) == 1
     old["cases"][0]["rows"][0]["peak_bytes"] = 2**20
-    run.write_text(json.dumps(old))
     assert status(changed(old, "mind", peak_bytes=2**21)) == 1
     elsewhere = copy.deepcopy(old)  # a machine three times slower: nothing has become worse
     for case in elsewhere["cases"]:
