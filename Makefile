@@ -36,7 +36,7 @@ lint: $(VENV)/.installed-dev  ## Set up, then ruff and mypy
 bench: export HF_HUB_OFFLINE := 1
 bench: $(VENV)/.installed-dev  ## Set up, then the benchmarks on this CPU, into bench/results/ and bench/RESULTS.md
 	$(BIN)/python -m bench.inputs
-	$(BIN)/python -m bench.losses --device cpu --minutes 4 --results bench/results/cpu-losses.json \
+	$(BIN)/python -m bench.losses --device cpu --minutes 4.5 --results bench/results/cpu-losses.json \
 		--cases smollm2-135m-real smollm2-135m-mind-real gemma3-270m
 	$(BIN)/python -m bench.losses --device cpu --minutes 2 --results bench/results/cpu-divergences.json \
 		--cases smollm2-135m-kl smollm2-135m-jsd
