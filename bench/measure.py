@@ -431,7 +431,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
         name = f"{model[1] if model else platform.processor()}, {torch.get_num_threads()} threads of {os.cpu_count()}"
     else:
-        name = torch.cuda.get_device_name()
+        name = f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / 1e9:.0f} GB"
     packages = sorted({provider.package for provider in PROVIDERS.values()} | {"transformers", "triton"})
     return {
         "device": name,

@@ -54,12 +54,13 @@ MiB = 2**20
 # In the child: one trainer
 
 
-def make_student(name: str) -> tuple[Any, Any]:
-    """(model, tokenizer); random students get a byte tokenizer, of which only the pad token is used."""
+def make_student(name: str, device: str) -> tuple[Any, Any]:
+    """(model on the device, tokenizer); random students get a byte tokenizer, of which only the pad token is used."""
     if name == "smollm2-135m":
         from mind.students import load_student
 
-        return load_student(name)
+        model, tokenizer = load_student(name)
+        return model.to(device), tokenizer
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -89,7 +90,8 @@ def make_student(name: str) -> tuple[Any, Any]:
     }[name]
     torch.manual_seed(0)
     config = Qwen2Config(**sizes, tie_word_embeddings=True, eos_token_id=0, pad_token_id=1, bos_token_id=None)
-    return Qwen2ForCausalLM(config), tokenizer
+    with torch.device(device):  # 1.5 billion random numbers take a CPU half a minute
+        return Qwen2ForCausalLM(config), tokenizer
 
 
 def make_dataset(student: str, tokenizer: Any, vocab_size: int, num_questions: int) -> Any:
@@ -173,8 +175,7 @@ def train(trainer_name: str, student: str, device: str, questions: int, steps: i
         raise Unavailable("its kernels need a GPU")
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    model, tokenizer = make_student(student)
-    model.to(device)
+    model, tokenizer = make_student(student, device)
     dataset = make_dataset(student, tokenizer, model.get_output_embeddings().weight.shape[0], questions * 4)
     total = warmup + steps
     moments: list[float] = []
