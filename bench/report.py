@@ -1,6 +1,6 @@
 """RESULTS.md from the JSON of bench.losses and bench.steps: tables, plots, and in plain words who wins and why.
 
-    python -m bench.report [FILE …] [--output bench/RESULTS.md]
+    python -m bench.report [FILE …] [--output bench/RESULTS.md] [--readme README.md]
 
 Without files: all of bench/results that those two wrote. Every sentence is made from the numbers.
 """
@@ -441,6 +441,60 @@ def device_section(device: str, documents: Sequence[Document], plots: Path, fold
     return lines
 
 
+HEADLINE_MARKS = ("<!-- headline: written by bench.report -->", "<!-- end of the headline -->")
+
+
+def headline(documents: Sequence[Document]) -> list[str]:
+    """The comparison in a few numbers, a table a device, with device and commit."""
+    lines: list[str] = []
+    for device, of in _by_device(documents).items():
+        cells = []
+        for case in merge([document for document in of if document["kind"] == "losses"]).values():
+            rows = [row for row in case["rows"] if row["status"] == OK and row["times"]]
+            ours = min((r for r in rows if is_ours(r["provider"])), key=lambda r: ratio(r, case), default=None)
+            peers = [r for r in rows if not is_ours(r["provider"])]
+            if ours is None or not peers or not _is_comparison(case):
+                continue
+            plain = next((r for r in peers if r["provider"] == "pytorch"), None)
+            fastest = min(peers, key=lambda r: ratio(r, case))
+            leanest = min((r for r in peers if r["peak_bytes"]), key=lambda r: r["peak_bytes"], default=None)
+            cells.append(
+                [
+                    case["id"],
+                    f"{ratio(ours, case):.2f} ×, {_mebibytes(ours)}",
+                    "–" if plain is None else f"{ratio(plain, case):.2f} ×, {_mebibytes(plain)}",
+                    f"{ratio(fastest, case):.2f} ×, `{fastest['provider']}`",
+                    "–" if leanest is None else f"{_mebibytes(leanest)}, `{leanest['provider']}`",
+                    f"{case['gradient_bytes'] / MiB:,.0f} MiB",
+                ]
+            )
+        if cells:
+            commits = sorted({str(document["environment"]["commit"])[:12] for document in of})
+            lines += [
+                f"{device}, commit {', '.join(commits)}: forward + backward, × the roofline, and peak memory.",
+                "",
+            ]
+            header = ["case", "this project", "plain PyTorch", "fastest peer", "leanest peer", "gradients alone"]
+            lines += [*table(header, cells), ""]
+    return lines
+
+
+def _mebibytes(row: Document) -> str:
+    return "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / MiB:,.0f} MiB"
+
+
+def with_headline(text: str, lines: Sequence[str]) -> str:
+    """A text with the headline between its two marks.
+
+    Raises: ValueError when it has no such marks.
+    """
+    before, first, rest = text.partition(HEADLINE_MARKS[0])
+    _, last, after = rest.partition(HEADLINE_MARKS[1])
+    if not first or not last:
+        raise ValueError(f"has no place for the headline, want the lines {HEADLINE_MARKS[0]} and {HEADLINE_MARKS[1]}")
+    return before + "\n".join([first, "", *lines, last]) + after
+
+
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
@@ -450,10 +504,14 @@ def _is_comparison(case: Document) -> bool:
     return sum("@" not in row["provider"] for row in case["rows"]) > 4
 
 
-def render(documents: Sequence[Document], output: Path) -> str:
+def _by_device(documents: Sequence[Document]) -> dict[str, list[Document]]:
     by_device: dict[str, list[Document]] = defaultdict(list)
     for document in documents:
         by_device[document["environment"]["device"]].append(document)
+    return by_device
+
+
+def render(documents: Sequence[Document], output: Path) -> str:
     lines = [
         "<!-- Written by `python -m bench.report`. -->",
         "",
@@ -463,7 +521,8 @@ def render(documents: Sequence[Document], output: Path) -> str:
         "the same dtype gets no number.",
         "",
     ]
-    for device, of in by_device.items():
+    lines += headline(documents)
+    for device, of in _by_device(documents).items():
         lines += device_section(device, of, output.parent / RESULTS.name / "plots", output.parent)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -472,6 +531,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="bench.report", description="RESULTS.md from the JSON of bench.losses and bench.steps.")
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="default: those in bench/results")
     parser.add_argument("--output", type=Path, default=Path("bench/RESULTS.md"))
+    parser.add_argument("--readme", type=Path, help="also put the headline table between the marks in this file")
     args = parser.parse_args(arguments)
     documents = []
     for path in args.files or sorted(RESULTS.glob("*.json")):
@@ -482,12 +542,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 parser.error(str(error))
     if not documents:
         parser.error(f"{RESULTS}: holds no JSON of bench.losses or bench.steps, want some")
-    text = render(documents, args.output)
-    temporary = args.output.with_name(args.output.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(args.output)
+    try:
+        if args.readme:
+            _write(args.readme, with_headline(args.readme.read_text(), headline(documents)))
+    except (OSError, ValueError) as error:
+        parser.error(f"--readme: {args.readme}: {error}")
+    _write(args.output, render(documents, args.output))
     print(args.output)
     return 0
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 if __name__ == "__main__":

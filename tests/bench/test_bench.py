@@ -190,6 +190,7 @@ def test_hidden_states_that_are_not_cached() -> None:
         (steps, ["--students", "gpt"], "--students: given 'gpt'"),
         (steps, ["--steps", "0"], "--steps: given 0"),
         (report, ["no-such.json"], "no-such.json: cannot be read"),
+        (report, ["--readme", "setup.py"], "--readme: setup.py: has no place for the headline"),
         (compare, ["no-such.json", "no-such.json"], "no-such.json: cannot be read"),
         (compare, ["a", "b", "--margin", "-1"], "--margin: given -1.0"),
     ],
@@ -247,7 +248,12 @@ def test_report(run: Path, tmp_path: Path) -> None:
     steps_document = {"kind": "steps", "environment": document["environment"], "students": {"tiny-random": "tiny"}}
     files[2].write_text(json.dumps(steps_document | {"questions_per_step": 1, "rows": rows}))
     output = tmp_path / "RESULTS.md"
-    assert report.main([*map(str, files), "--output", str(output)]) == 0
+    readme = tmp_path / "README.md"
+    readme.write_text("Before\n" + "\nold\n".join(report.HEADLINE_MARKS) + "\nAfter\n")
+    assert report.main([*map(str, files), "--output", str(output), "--readme", str(readme)]) == 0
+    headline = readme.read_text()
+    assert headline.startswith("Before\n<!--") and headline.endswith("-->\nAfter\n") and "old" not in headline
+    assert "| tiny N=24 bfloat16 |" in headline and document["environment"]["device"] in headline
     text = output.read_text()
     for wanted in (
         "× the roofline",
