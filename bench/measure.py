@@ -40,7 +40,7 @@ TOLERANCE_ROWS, LOSS_BLOCKS = 256, 8  # on which PyTorch's own error is taken
 REFERENCE_FLOP = {"cpu": 1e12, "cuda": 4e14}  # some seconds in the reference's dtype: more rows than that are cut
 PRODUCT_ROWS = 16_384  # of a bare product, so that (N, V) fits
 COPY_BYTES = 2**28
-SLOW_SECONDS = 4.0  # of a training step: measured once
+SLOW_SECONDS = 1.5  # of a training step: measured once
 REPETITIONS = {"cpu": (3, 15), "cuda": (7, 50)}  # at least, at most
 
 OK, WRONG, OOM, UNAVAILABLE, FAILED, NOT_RUN = "ok", "WRONG", "OOM", "unavailable", "failed", "not run"
