@@ -32,7 +32,7 @@ lint: $(VENV)/.installed-dev  ## Set up, then ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Nine minutes on two cores. The curves: four providers over the rows, this project's path over its budget.
+# Under ten minutes on two cores. The curves: four providers over the rows, this project's path over its budget.
 bench: export HF_HUB_OFFLINE := 1
 bench: $(VENV)/.installed-dev  ## Set up, then the benchmarks on this CPU, into bench/results/ and bench/RESULTS.md
 	$(BIN)/python -m bench.inputs

@@ -422,11 +422,10 @@ def _plain(document: dict[str, Any]) -> dict[str, Any]:
 
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Device, commit and versions: what a number is worth nothing without."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+uncommitted", "--abbrev=40", "--exclude=*"],
-        capture_output=True,
-        text=True,
-    )
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    sources = [".", ":!bench/results", ":!bench/RESULTS.md", ":!README.md"]  # a run writes results
+    status = subprocess.run([*git, "status", "--porcelain", "--", *sources], capture_output=True, text=True)
     if device == "cpu":
         model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
         name = f"{model[1] if model else platform.processor()}, {torch.get_num_threads()} threads of {os.cpu_count()}"
@@ -435,7 +434,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     packages = sorted({provider.package for provider in PROVIDERS.values()} | {"transformers", "triton"})
     return {
         "device": name,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit + ("+uncommitted" if status.stdout.strip() else "") or None,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "versions": {package: version(package) for package in packages},

@@ -300,6 +300,8 @@ def test_the_words_follow_the_numbers(ours: float, peak: int, wanted: str) -> No
 def test_where_memory_runs_out() -> None:
     assert report.largest_rows([(1000, 10_000), (10, 5_000), (2000, 20_000)], 50_000) == 5000
     assert report.largest_rows([(1000, 10_000), (2000, 20_000)], 5) == 0
+    case = {"hidden_size": 10, "vocab_size": 1000, "dtype": "bfloat16"}
+    assert report.documented_peak(case, 50) == 2 * 50 * 10 * 2 + 2 * 1000 * 10 * 2 + 2**29 + 4 * 1000 * 10
 
 
 # ---------------------------------------------------------------------------------------------------------------------
