@@ -352,13 +352,16 @@ def draw_cases(cases: Sequence[Document], path: Path) -> None:
         ax.axis("off")
     for ax, case in zip(axes.flat, cases, strict=False):
         for row in case["rows"]:
-            if row["status"] == OK and row["times"] and row["peak_bytes"] is not None:
+            if row["status"] == OK and row["times"] and row["peak_bytes"] and budget_of(row["provider"]) is None:
                 x, y = row["peak_bytes"] / MiB, ratio(row, case)
                 ax.scatter(x, y, color="tab:red" if is_ours(row["provider"]) else "tab:blue", zorder=3)
                 ax.annotate(row["provider"], (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
         ax.axhline(1, color="grey", linewidth=0.8)
         ax.axvline(case["gradient_bytes"] / MiB, color="grey", linewidth=0.8, linestyle=":")
         ax.set(xscale="log", yscale="log", title=case["id"], xlabel="peak MiB (dotted: gradients)", ylabel="× roofline")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
         ax.title.set_fontsize(9)
     _save(figure, path)
 
