@@ -205,15 +205,19 @@ def pytorch(*, compiled: bool = False, upcast: bool = False) -> Callable[[LossCa
     return prepare
 
 
-def torch_linear_cross_entropy(policy: str | None) -> Callable[[LossCase, str, torch.dtype], Call]:
-    """torch.nn.functional.linear_cross_entropy; policy is acc_policy of its options, None the unchunked reference."""
+def torch_linear_cross_entropy(policy: str) -> Callable[[LossCase, str, torch.dtype], Call]:
+    """torch.nn.functional.linear_cross_entropy; policy is acc_policy of its options, all others as they are by default.
+
+    "auto" accumulates 16-bit inputs in fp32; "accurate" in their own dtype unless told otherwise, and on a CPU told so
+    (acc_dtype=torch.float32) it takes as long as "auto".
+    """
 
     def prepare(case: LossCase, device: str, dtype: torch.dtype) -> Call:
         want_loss(case, "cross-entropy")
         _no_softcap(case)
         if not hasattr(F, "linear_cross_entropy") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
             raise Unavailable(f"torch {torch.__version__} has no chunked torch.nn.functional.linear_cross_entropy")
-        options = None if policy is None else torch.nn.LinearCrossEntropyOptions(acc_policy=policy)
+        options = torch.nn.LinearCrossEntropyOptions(acc_policy=policy)
 
         def mean(X: Tensor, W: Tensor, labels: Tensor) -> Tensor:
             return F.linear_cross_entropy(X, W, labels, options=options)
