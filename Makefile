@@ -32,8 +32,20 @@ lint: $(VENV)/.installed-dev  ## Set up, then ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-dev  ## Set up, then the benchmarks
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest bench $(ARGS)
+# Under ten minutes on two cores. The curves: four providers over the rows, this project's path over its budget.
+bench: export HF_HUB_OFFLINE := 1
+bench: $(VENV)/.installed-dev  ## Set up, then the benchmarks on this CPU, into bench/results/ and bench/RESULTS.md
+	$(BIN)/python -m bench.inputs
+	$(BIN)/python -m bench.losses --device cpu --minutes 4.5 --results bench/results/cpu-losses.json \
+		--cases smollm2-135m-real smollm2-135m-mind-real gemma3-270m
+	$(BIN)/python -m bench.losses --device cpu --minutes 2 --results bench/results/cpu-divergences.json \
+		--cases smollm2-135m-kl smollm2-135m-jsd
+	$(BIN)/python -m bench.losses --device cpu --minutes 1 --cases smollm2-135m-real --rows 256 2048 \
+		--providers mind pytorch pytorch-compiled cce-torch-compile --results bench/results/cpu-rows.json
+	$(BIN)/python -m bench.losses --device cpu --minutes 1 --cases smollm2-135m-real --rows 1024 \
+		--providers $(addprefix mind@,8MiB 16MiB 32MiB 64MiB 128MiB) --results bench/results/cpu-budget.json
+	$(BIN)/python -m bench.steps --device cpu --results bench/results/cpu-steps.json
+	$(BIN)/python -m bench.report
 
 venv: $(VENV)/.installed-dev
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from bench.conftest import environment
+from bench.measure import environment, write_json
 from mind_kernels.testing import peak_extra_bytes
 
 GiB = 2**30
@@ -122,10 +122,8 @@ def main() -> None:
         )
     Console(width=140).print(table)
     if args.results:
-        temporary = args.results.with_name(args.results.name + ".tmp")
         document = {"environment": environment(), "student": args.student, "cap_bytes": cap, "rows": rows}
-        temporary.write_text(json.dumps(document, indent=1) + "\n")
-        temporary.replace(args.results)
+        write_json(args.results, document)
 
 
 if __name__ == "__main__":
