@@ -36,7 +36,8 @@ from mind_kernels.testing import peak_extra_bytes
 
 MODES = ("forward", "backward", "both")
 ERROR_FACTOR, ERROR_FLOOR = 4.0, 1e-5  # 1e-5: sums in another order are not wrong
-TOLERANCE_ROWS, LOSS_BLOCKS = 256, 8  # on which PyTorch's own error is taken
+# On which PyTorch's own error is taken: no power of two rows, whose reciprocal 16 bits hold exactly.
+TOLERANCE_ROWS, LOSS_BLOCKS = 250, 8
 REFERENCE_FLOP = {"cpu": 1e12, "cuda": 4e14}  # some seconds in the reference's dtype: more rows than that are cut
 PRODUCT_ROWS = 16_384  # of a bare product, so that (N, V) fits
 COPY_BYTES = 2**28
