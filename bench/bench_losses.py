@@ -21,28 +21,38 @@ from bench.measure import Clock, Roofline, allowed_errors, excess, reference, re
 from bench.providers import PROVIDERS, Unavailable
 from bench.shapes import LossCase
 
-NUM_ROWS = {"cpu": 1024, "cuda": 16_384}
+# head, loss, rows on a CPU, rows on a GPU
+CASES = [
+    ("smollm2-135m", "cross-entropy", 2048, 16_384),
+    ("gemma3-270m", "cross-entropy", 1024, 16_384),
+    ("smollm2-135m", "kl", 1024, 16_384),
+    ("qwen2.5-1.5b", "cross-entropy", 256, 16_384),
+]
 OURS = [name for name, provider in PROVIDERS.items() if provider.is_ours]
 
 
 @pytest.mark.parametrize("provider", [*OURS, "pytorch"])
-@pytest.mark.parametrize("loss", ["cross-entropy", "kl"])
-@pytest.mark.parametrize("head", ["smollm2-135m", "qwen2.5-1.5b"])
-def test_forward_and_backward(head: str, loss: Any, provider: str, benchmark: Any) -> None:
-    device, dtype = default_device(), torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize(
+    ("head", "loss", "rows_cpu", "rows_cuda"), CASES, ids=[f"{head}-{loss}" for head, loss, *_ in CASES]
+)
+def test_forward_and_backward(
+    head: str, loss: Any, rows_cpu: int, rows_cuda: int, dtype: torch.dtype, provider: str, benchmark: Any
+) -> None:
+    device = default_device()
     case = LossCase(head, loss)
     try:
         call = PROVIDERS[provider].prepare(case, device, dtype)
     except Unavailable as error:
         pytest.skip(str(error))
-    given = make_inputs(case, NUM_ROWS[device] // (1 if head == "smollm2-135m" else 4), dtype, device)
+    given = make_inputs(case, rows_cpu if device == "cpu" else rows_cuda, dtype, device)
     errors = relative_errors(run_once(call, given), reference(given, given.row_weights))
     assert excess(errors, allowed_errors(case, given, dtype, device)) == ""
 
     clock, roofline = Clock(device), Roofline(given)
     products: list[float] = []
     steps: list[float] = []
-    benchmark.group = f"{head} {loss}"
+    benchmark.group = f"{head} {loss} {dtype}"
     benchmark.pedantic(
         lambda: steps.append(clock(lambda: run_once(call, given))),
         setup=lambda: products.append(roofline.times(clock)["both"]),
