@@ -1,0 +1,138 @@
+"""What the experiments share: the data sets and their splits, accuracy on questions, and one result file a run."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bench.measure import environment, write_json
+from mind.data import Record, load_records
+from mind.evaluation import measure_accuracy
+from mind.problems import generate_records
+from mind.prompting import PromptFormat
+
+RESULTS = Path(__file__).parent / "results"
+NUM_TRAIN = 240  # questions
+MAX_CHARACTERS = 480  # of a rationale to train on: what a CPU can afford
+MAX_NEW_TOKENS = 128
+DATA = ("svamp", "gsm8k", "problems")
+
+
+class Splits(NamedTuple):
+    """train and validation have rationales; validation chooses settings, test and ood are only ever measured."""
+
+    train: list[Record]
+    validation: list[Record]
+    test: list[Record]
+    ood: list[Record]
+    exchangeable: bool  # the rationales are samples, not named perspectives
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """What load_splits needs, and where to run."""
+    parser.add_argument("--folder", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--data", default="svamp", choices=DATA)
+    parser.add_argument("--student", default="smollm2-135m")
+    parser.add_argument("--num_validation", type=int, default=24, help="questions of the held-out loss")
+    parser.add_argument("--num_test", type=int, default=150, help="questions of each accuracy")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+
+
+def load_splits(name: str, folder: Path, num_validation: int, num_test: int) -> Splits:
+    """The same questions at every seed.
+
+    name: "svamp" (3 sampled rationales, out of distribution: GSM8K), "gsm8k" (2 written ones, out of distribution:
+        SVAMP) or "problems" (8 perspectives, generated; out of distribution: SVAMP).
+    folder: holds svamp_train_k3.jsonl, svamp_test.jsonl, gsm8k_k2.jsonl and gsm8k_eval.jsonl.
+
+    Raises: ValueError for another name or a missing file.
+    """
+    order = random.Random(0)
+
+    def read(file: str, rationales: bool = False) -> list[Record]:
+        records = load_records(folder / file, require_rationales=rationales)
+        return order.sample(records, len(records))
+
+    if name == "problems":
+        rows = [row for row in generate_records(3200, seed=0) if row["difficulty"] <= 0.4]
+        known, test = load_records(rows), load_records(generate_records(num_test, seed=0, split="heldout"))
+        ood = read("svamp_test.jsonl")
+    elif name == "svamp":
+        known, test, ood = read("svamp_train_k3.jsonl", True), read("svamp_test.jsonl"), read("gsm8k_eval.jsonl")
+    elif name == "gsm8k":
+        known, test, ood = read("gsm8k_k2.jsonl", True), read("gsm8k_eval.jsonl"), read("svamp_test.jsonl")
+    else:
+        raise ValueError(f"--data: given {name!r}, want {', '.join(DATA)}")
+    asked = {record.question for record in test}
+    known = [
+        record
+        for record in known
+        if record.question not in asked and all(len(item.text) <= MAX_CHARACTERS for item in record.rationales)
+    ]
+    return Splits(
+        known[:NUM_TRAIN],
+        known[NUM_TRAIN : NUM_TRAIN + num_validation],
+        test[:num_test],
+        ood[:num_test],
+        exchangeable=name == "svamp",
+    )
+
+
+def accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    batch_size: int,
+    device: str,
+) -> dict[str, Any]:
+    """Greedy chain of thought: which answers are right, and the share of outputs that hold one."""
+    with torch.autocast(device, torch.bfloat16):
+        result = measure_accuracy(
+            model,
+            tokenizer,
+            records,
+            prompt_format=PromptFormat(),
+            max_new_tokens=MAX_NEW_TOKENS,
+            batch_size=batch_size,
+        )
+    answered = sum(answer is not None for answer in result.answers) / len(records)
+    return {"accuracy": result.accuracy, "answered": answered, "correct": [int(right) for right in result.correct]}
+
+
+def result_path(experiment: str, name: str) -> Path:
+    return RESULTS / experiment / f"{name}.json"
+
+
+def run_once(experiment: str, name: str, settings: Any, run: Callable[[], dict[str, Any]], device: str) -> None:
+    """Runs and writes results/<experiment>/<name>.json, unless it is there with the same settings.
+
+    settings: a dataclass, part of the file. So a sweep that was stopped goes on where it was.
+
+    Raises: ValueError when the file is of other settings.
+    """
+    path = result_path(experiment, name)
+    wanted = json.loads(json.dumps(asdict(settings)))
+    if path.exists():
+        given = json.loads(path.read_text())["settings"]
+        if given != wanted:
+            other = [key for key in wanted if given.get(key) != wanted[key]]
+            raise ValueError(f"{path}: was run with another {', '.join(other)}, want another folder or the file gone")
+        print(f"{name}: done before", flush=True)
+        return
+    print(f"{name}: running", flush=True)
+    document = {"settings": wanted, "environment": environment(device), **run()}
+    write_json(path, document)
+
+
+def fingerprint(records: Sequence[Record]) -> str:
+    """Which questions: the first digits of a hash of their ids."""
+    return hashlib.sha256("\n".join(record.id for record in records).encode()).hexdigest()[:12]

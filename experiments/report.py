@@ -1,0 +1,267 @@
+"""RESULTS.md and its plots from the files under results/.
+
+    python -m experiments.report [--output experiments/RESULTS.md]
+
+Intervals are 95 % bootstrap intervals over questions; a question's value is the mean over the seeds. A difference is
+paired: the same questions, this method minus the baseline. ± is the standard deviation over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from bench.report import table
+from experiments.common import RESULTS
+from experiments.methods import METHODS, UNTRAINED
+from mind.bootstrap import bootstrap_means, interval
+
+BASELINE = "no_fusion"
+Document = dict[str, Any]
+
+
+def read(experiment: str, folder: Path = RESULTS) -> list[Document]:
+    return [json.loads(path.read_text()) for path in sorted((folder / experiment).glob("*.json"))]
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    """mean ± standard deviation over seeds."""
+    text = f"{np.mean(values):.{digits}f}"
+    return text if len(values) < 2 else f"{text} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def _per_question(runs: Sequence[Document], split: str) -> np.ndarray:
+    """(questions,) share of the seeds that answered right."""
+    return np.mean([run[split]["correct"] for run in runs], axis=0)
+
+
+def _percent(values: np.ndarray, key: str, sign: str = "") -> str:
+    low, high = interval(bootstrap_means(values.tolist(), key))
+    return f"{100 * values.mean():{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The methods
+
+
+def methods_section(documents: Sequence[Document], output: Path) -> list[str]:
+    lines: list[str] = []
+    groups: dict[tuple[str, str, int], list[Document]] = defaultdict(list)
+    for document in documents:
+        if "test" in document:
+            settings = document["settings"]
+            groups[settings["student"], settings["data"], settings["token_budget"]].append(document)
+    for (student, data, budget), group in sorted(groups.items()):
+        by_method = defaultdict(list)
+        for document in group:
+            by_method[document["settings"]["method"]].append(document)
+        settings = group[0]["settings"]
+        lines += [
+            f"### {student} on {data}, {budget:,} trained tokens",
+            "",
+            f"Learning rate {settings['learning_rate']:g}, {settings['questions_per_step']} questions a step, "
+            f"β = {settings['beta']:g}, τ_student = {settings['tau_student']:g}. {_where(group)}",
+            "",
+        ]
+        rows = []
+        baseline = by_method.get(BASELINE)
+        for method in (UNTRAINED, *METHODS):
+            runs = by_method.get(method)
+            if not runs:
+                continue
+            difference = "–"
+            if baseline and method not in (BASELINE, UNTRAINED):
+                paired = _per_question(runs, "test") - _per_question(baseline, "test")
+                difference = _percent(paired, f"{data} {method}", "+")
+            trained = method != UNTRAINED
+            logs = [run.get("log", {}) for run in runs]
+            rows.append(
+                [
+                    f"`{method}`" if trained else method,
+                    str(len(runs)),
+                    _spread([run["validation_loss"] for run in runs], 3),
+                    _percent(_per_question(runs, "test"), f"{data} test {method}"),
+                    difference,
+                    _percent(_per_question(runs, "ood"), f"{data} ood {method}"),
+                    f"{100 * np.mean([run['test']['answered'] for run in runs]):.0f}",
+                    f"{np.mean([run['steps'] for run in runs]):.0f}" if trained else "–",
+                    f"{np.mean([np.mean(log['selected_rationales']) for log in logs]):.2f}" if trained else "–",
+                    f"{np.mean([run['forward_only_tokens'] for run in runs]):,.0f}" if trained else "–",
+                ]
+            )
+        header = [
+            "method",
+            "seeds",
+            "held-out loss, nats/token",
+            "accuracy, %",
+            f"minus `{BASELINE}`, points",
+            "accuracy out of distribution, %",
+            "answered, %",
+            "steps",
+            "selected",
+            "forward-only tokens",
+        ]
+        lines += [*table(header, rows), ""]
+        picture = f"methods-{student}-{data}.png"
+        _plot_methods(by_method, output / picture)
+        lines += [f"![Held-out loss and accuracy of every method]({picture})", ""]
+    return lines
+
+
+def _plot_methods(by_method: dict[str, list[Document]], path: Path) -> None:
+    names = [name for name in (UNTRAINED, *METHODS) if name in by_method]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.4 * len(names) + 1.4), sharey=True, layout="constrained")
+    for place, name in enumerate(names):
+        runs = by_method[name]
+        values = _per_question(runs, "test")
+        low, high = interval(bootstrap_means(values.tolist(), name))
+        axes[1].plot([100 * low, 100 * high], [place, place], color="tab:blue", linewidth=2)
+        axes[1].plot(100 * values.mean(), place, "o", color="tab:blue")
+        axes[1].plot([100 * run["test"]["accuracy"] for run in runs], [place] * len(runs), "|", color="black")
+        if name != UNTRAINED:
+            axes[0].plot([run["validation_loss"] for run in runs], [place] * len(runs), "o", color="tab:orange")
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("held-out loss, nats per token; a dot is a seed")
+    axes[1].set_xlabel("accuracy, %, with 95 % interval; a tick is a seed")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _where(group: Sequence[Document]) -> str:
+    devices = sorted({document["environment"]["device"] for document in group})
+    commits = sorted({document["environment"]["commit"][:10] for document in group})
+    return f"Measured on {'; '.join(devices)}; commit {', '.join(commits)}."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gradient_tolerance
+
+
+def tolerance_section(documents: Sequence[Document], output: Path) -> list[str]:
+    lines: list[str] = []
+    groups: dict[tuple[str, str, str], list[Document]] = defaultdict(list)
+    for document in documents:
+        settings = document["settings"]
+        groups[settings["student"], settings["data"], settings["training"]].append(document)
+    for (student, data, training), group in sorted(groups.items()):
+        runs: dict[tuple[float, bool], dict[int, Document]] = defaultdict(dict)
+        for document in group:
+            settings = document["settings"]
+            runs[settings["tolerance"], settings["correction"]][settings["seed"]] = document
+        exact = runs[0.0, True]
+        settings = group[0]["settings"]
+        lines += [
+            f"### {student} on {data}, {'LoRA' if training == 'lora' else 'all parameters'}",
+            "",
+            f"{settings['steps']} steps of {settings['questions_per_step']} question(s) with all rationales, learning "
+            f"rate {settings['learning_rate']:g}, bf16 autocast. {_where(group)}",
+            "",
+        ]
+        rows = []
+        for (tolerance, correction), by_seed in sorted(runs.items(), key=lambda item: (-item[0][0], not item[0][1])):
+            seeds = sorted(set(by_seed) & set(exact))
+            found = [by_seed[seed] for seed in seeds]
+            if not found:
+                continue
+            reference = [exact[seed] for seed in seeds]
+            curves = [
+                np.abs(np.subtract(a["losses"], b["losses"])).mean() for a, b in zip(found, reference, strict=True)
+            ]
+            change = [a["validation_loss"] - b["validation_loss"] for a, b in zip(found, reference, strict=True)]
+            paired = _per_question(found, "test") - _per_question(reference, "test")
+            is_exact = tolerance == 0
+            cells = [
+                "exact" if is_exact else f"2^{round(np.log2(tolerance))}",
+                "–" if is_exact else ("yes" if correction else "no"),
+                str(len(found)),
+                _spread([run["validation_loss"] for run in found], 4),
+                "–" if is_exact else _spread([1e3 * value for value in change], 2),
+                "–" if is_exact else f"{1e3 * np.mean(curves):.2f}",
+                f"{100 * np.mean([run['test']['accuracy'] for run in found]):.1f}",
+                "–" if is_exact else _percent(paired, f"{training} {tolerance} {correction}", "+"),
+                f"{100 * np.mean([run['kept_share'] for run in found]):.1f}",
+            ]
+            if training == "full":
+                cells += [
+                    f"{100 * np.mean([run['rare_drift'] for run in found]):.2f}",
+                    f"{np.mean([run['rare_drift_cosine'] for run in found]):.4f}",
+                ]
+            rows.append(cells)
+        header = [
+            "tolerance",
+            "corrected",
+            "seeds",
+            "held-out loss",
+            "its change, 10⁻³ nats",
+            "mean distance of the loss curves, 10⁻³ nats",
+            "accuracy, %",
+            "its change, points",
+            "kept columns, %",
+        ]
+        if training == "full":
+            header += ["drift of rare embeddings, %", "cosine to the exact drift"]
+        lines += [*table(header, rows), ""]
+        picture = f"gradient-tolerance-{student}-{training}.png"
+        _plot_curves(runs, output / picture)
+        lines += [f"![Distance of the loss curves from the exact ones]({picture})", ""]
+    return lines
+
+
+def _plot_curves(runs: dict[tuple[float, bool], dict[int, Document]], path: Path) -> None:
+    exact = runs[0.0, True]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    window = np.ones(10) / 10
+    for seed, run in sorted(exact.items()):
+        axes[0].plot(np.convolve(run["losses"], window, "valid"), color="black", alpha=0.6, label=f"exact, seed {seed}")
+    for (tolerance, correction), by_seed in sorted(runs.items(), reverse=True):
+        if tolerance == 0:
+            continue
+        style = "-" if correction else ":"
+        color = f"C{round(-np.log2(tolerance)) - 8}"
+        label = f"2^{round(np.log2(tolerance))}" + ("" if correction else ", uncorrected")
+        distance = [np.abs(np.subtract(by_seed[s]["losses"], exact[s]["losses"])) for s in set(by_seed) & set(exact)]
+        if not distance:
+            continue
+        axes[0].plot(np.convolve(by_seed[min(by_seed)]["losses"], window, "valid"), style, color=color, alpha=0.6)
+        axes[1].plot(np.convolve(np.mean(distance, 0), window, "valid"), style, color=color, label=label)
+    axes[0].set(xlabel="step", ylabel="training loss, nats", title="mean of 10 steps")
+    axes[0].legend(fontsize=8)
+    axes[1].set(xlabel="step", ylabel="distance from the exact curve, nats", yscale="log")
+    axes[1].legend(fontsize=8)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULTS.parent / "RESULTS.md")
+    options = parser.parse_args()
+    folder = options.output.parent
+    lines = [
+        "# What the experiments found",
+        "",
+        "Written by `python -m experiments.report`; README.md says how to read it.",
+    ]
+    lines += ["## Methods at equal budgets", "", *methods_section(read("methods"), folder)]
+    lines += ["## Training with `gradient_tolerance`", "", *tolerance_section(read("gradient_tolerance"), folder)]
+    options.output.write_text("\n".join(lines).rstrip() + "\n")
+    print(options.output)
+
+
+if __name__ == "__main__":
+    main()
