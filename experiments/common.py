@@ -20,7 +20,7 @@ from mind.evaluation import measure_accuracy
 from mind.problems import generate_records
 from mind.prompting import PromptFormat
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path("experiments/results")
 NUM_TRAIN = 240  # questions
 MAX_CHARACTERS = 480  # of a rationale to train on: what a CPU can afford
 MAX_NEW_TOKENS = 128
@@ -38,13 +38,14 @@ class Splits(NamedTuple):
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """What load_splits needs, and where to run."""
+    """What load_splits needs, where to run and where to write."""
     parser.add_argument("--folder", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--data", default="svamp", choices=DATA)
     parser.add_argument("--student", default="smollm2-135m")
     parser.add_argument("--num_validation", type=int, default=24, help="questions of the held-out loss")
     parser.add_argument("--num_test", type=int, default=150, help="questions of each accuracy")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
 
 
 def load_splits(name: str, folder: Path, num_validation: int, num_test: int) -> Splits:
@@ -108,31 +109,27 @@ def accuracy(
     return {"accuracy": result.accuracy, "answered": answered, "correct": [int(right) for right in result.correct]}
 
 
-def result_path(experiment: str, name: str) -> Path:
-    return RESULTS / experiment / f"{name}.json"
+def run_once(path: Path, settings: Any, run: Callable[[], dict[str, Any]], device: str) -> None:
+    """Runs and writes the file, unless it is there with the same settings: a stopped sweep goes on where it was.
 
-
-def run_once(experiment: str, name: str, settings: Any, run: Callable[[], dict[str, Any]], device: str) -> None:
-    """Runs and writes results/<experiment>/<name>.json, unless it is there with the same settings.
-
-    settings: a dataclass, part of the file. So a sweep that was stopped goes on where it was.
+    settings: a dataclass, part of the file.
 
     Raises: ValueError when the file is of other settings.
     """
-    path = result_path(experiment, name)
     wanted = json.loads(json.dumps(asdict(settings)))
     if path.exists():
         given = json.loads(path.read_text())["settings"]
         if given != wanted:
             other = [key for key in wanted if given.get(key) != wanted[key]]
             raise ValueError(f"{path}: was run with another {', '.join(other)}, want another folder or the file gone")
-        print(f"{name}: done before", flush=True)
+        print(f"{path}: done before", flush=True)
         return
-    print(f"{name}: running", flush=True)
+    print(f"{path}: running", flush=True)
     document = {"settings": wanted, "environment": environment(device), **run()}
     write_json(path, document)
 
 
-def fingerprint(records: Sequence[Record]) -> str:
-    """Which questions: the first digits of a hash of their ids."""
-    return hashlib.sha256("\n".join(record.id for record in records).encode()).hexdigest()[:12]
+def fingerprint(splits: Splits) -> str:
+    """Which questions: the first digits of a hash of all ids."""
+    ids = (record.id for records in splits[:4] for record in records)
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:12]

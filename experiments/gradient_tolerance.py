@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
-from experiments.common import Splits, accuracy, add_data_arguments, fingerprint, load_splits, result_path, run_once
+from experiments.common import Splits, accuracy, add_data_arguments, fingerprint, load_splits, run_once
 from mind.attach import attach_mind_loss
 from mind.collator import student_inputs
 from mind.data import EncodedQuestion, MindDataset
@@ -48,12 +48,12 @@ class Settings:
     questions_per_step: int
     rationales_per_question: int
     learning_rate: float
-    train_questions: str  # fingerprint
+    questions: str  # fingerprint
 
     @property
-    def name(self) -> str:
+    def file(self) -> str:
         kind = "exact" if self.tolerance == 0 else f"{self.tolerance:.6f}" + ("" if self.correction else "-uncorrected")
-        return f"{self.student}-{self.data}-{self.training}-s{self.seed}-{kind}"
+        return f"{self.student}-{self.data}-{self.training}-s{self.seed}-{kind}.json"
 
 
 class Trainee:
@@ -146,7 +146,7 @@ class Trainee:
         return self.embedding.detach()[self.rare] - self.rare_before
 
 
-def run_group(group: Sequence[Settings], splits: Splits, device: str) -> None:
+def run_group(group: Sequence[Settings], splits: Splits, folder: Path, device: str) -> None:
     """One (training, seed): the exact gradient first, then what is compared with it."""
     exact, *others = group
     drift: dict[str, Tensor] = {}
@@ -163,13 +163,13 @@ def run_group(group: Sequence[Settings], splits: Splits, device: str) -> None:
             outcome["rare_drift_cosine"] = torch.cosine_similarity(moved.flatten(), reference.flatten(), 0).item()
         return outcome
 
-    is_missing = any(not result_path("gradient_tolerance", settings.name).exists() for settings in others)
-    if is_missing and exact.training == "full" and result_path("gradient_tolerance", exact.name).exists():
+    is_missing = any(not (folder / settings.file).exists() for settings in others)
+    if is_missing and exact.training == "full" and (folder / exact.file).exists():
         trainee = Trainee(exact, splits, device)
         trainee.train()
         drift["exact"] = trainee.rare_drift()
     for settings in group:
-        run_once("gradient_tolerance", settings.name, settings, lambda settings=settings: run(settings), device)  # type: ignore[misc]
+        run_once(folder / settings.file, settings, lambda settings=settings: run(settings), device)  # type: ignore[misc]
 
 
 def main() -> None:
@@ -201,11 +201,11 @@ def main() -> None:
                     options.questions_per_step,
                     options.rationales_per_question,
                     LEARNING_RATES[training],
-                    fingerprint(splits.train),
+                    fingerprint(splits),
                 )
                 for tolerance, correction in kinds
             ]
-            run_group(group, splits, options.device)
+            run_group(group, splits, options.results / "gradient_tolerance", options.device)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Settings:
     questions_per_step: int
     beta: float
     tau_student: float
-    train_questions: str  # fingerprint
+    questions: str  # fingerprint
 
 
 class _Budget(TrainerCallback):
@@ -162,12 +162,13 @@ def main() -> None:
             options.questions_per_step,
             options.beta,
             options.tau_student,
-            fingerprint(splits.train),
+            fingerprint(splits),
         )
         name = f"{options.student}-{options.data}-{method}-s{seed}"
         if seed >= 100:
             name += f"-lr{rate:g}-beta{options.beta:g}-tau{options.tau_student:g}"
-        run_once("methods", name, settings, lambda settings=settings: run(settings, splits, device), device)  # type: ignore[misc]
+        file = options.results / "methods" / f"{name}.json"
+        run_once(file, settings, lambda settings=settings: run(settings, splits, device), device)  # type: ignore[misc]
 
 
 if __name__ == "__main__":

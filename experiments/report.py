@@ -30,8 +30,8 @@ BASELINE = "no_fusion"
 Document = dict[str, Any]
 
 
-def read(experiment: str, folder: Path = RESULTS) -> list[Document]:
-    return [json.loads(path.read_text()) for path in sorted((folder / experiment).glob("*.json"))]
+def read(folder: Path) -> list[Document]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
@@ -249,6 +249,7 @@ def _plot_curves(runs: dict[tuple[float, bool], dict[int, Document]], path: Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     parser.add_argument("--output", type=Path, default=RESULTS.parent / "RESULTS.md")
     options = parser.parse_args()
     folder = options.output.parent
@@ -257,8 +258,12 @@ def main() -> None:
         "",
         "Written by `python -m experiments.report`; README.md says how to read it.",
     ]
-    lines += ["## Methods at equal budgets", "", *methods_section(read("methods"), folder)]
-    lines += ["## Training with `gradient_tolerance`", "", *tolerance_section(read("gradient_tolerance"), folder)]
+    lines += ["## Methods at equal budgets", "", *methods_section(read(options.results / "methods"), folder)]
+    lines += [
+        "## Training with `gradient_tolerance`",
+        "",
+        *tolerance_section(read(options.results / "gradient_tolerance"), folder),
+    ]
     options.output.write_text("\n".join(lines).rstrip() + "\n")
     print(options.output)
 
