@@ -425,7 +425,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     """Device, commit and versions: what a number is worth nothing without."""
     git = ["git", "-C", str(Path(__file__).parent.parent)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    sources = [".", ":!bench/results", ":!bench/RESULTS.md", ":!README.md"]  # a run writes results
+    sources = [".", ":!bench/results", ":!experiments/results", ":!*.md"]  # a run writes results
     status = subprocess.run([*git, "status", "--porcelain", "--", *sources], capture_output=True, text=True)
     if device == "cpu":
         model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
