@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
@@ -103,15 +104,23 @@ def generation_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 def _generating(model: PreTrainedModel, max_new_tokens: int, stop_ids: list[int]) -> Iterator[None]:
     """Evaluation mode and greedy generation settings, put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    settings = model.generation_config
+    # A PeftModel may generate with its own settings or with those of the model inside.
+    inside = model.get_base_model() if isinstance(model, PeftModel) else model
+    settings = [(part, part.generation_config) for part in (model, inside)]
     model.eval()
-    model.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop_ids, pad_token_id=stop_ids[0], use_cache=True
-    )
+    for part, _ in settings:
+        part.generation_config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=stop_ids,
+            pad_token_id=stop_ids[0],
+            use_cache=True,
+        )
     try:
         yield
     finally:
-        model.generation_config = settings
+        for part, own in settings:
+            part.generation_config = own
         for module, training in modes:
             module.training = training
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
@@ -182,6 +183,17 @@ def test_leaves_everything_as_it_was(trained, tokenizer, monkeypatch):
     assert (tokenizer.padding_side, tokenizer.pad_token) == padding
     assert all(torch.equal(value, weights[name]) for name, value in trained.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in trained.parameters())
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_adapters_generate_as_long_and_leave_the_settings_inside(tokenizer, task_type):
+    student = random_model()
+    plain = measure_accuracy(student, tokenizer, RECORDS, prompt_format=PROMPT_FORMAT, max_new_tokens=40)
+    adapted = get_peft_model(student, LoraConfig(r=2, target_modules="all-linear", task_type=task_type))
+    inside = student.generation_config
+    result = measure_accuracy(adapted, tokenizer, RECORDS, prompt_format=PROMPT_FORMAT, max_new_tokens=40)
+    assert result.outputs == plain.outputs  # fresh adapters change nothing
+    assert student.generation_config is inside
 
 
 def test_progress_bar(tokenizer, capsys):
