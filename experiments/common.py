@@ -21,7 +21,6 @@ from mind.problems import generate_records
 from mind.prompting import PromptFormat
 
 RESULTS = Path("experiments/results")
-NUM_TRAIN = 240  # questions
 MAX_CHARACTERS = 480  # of a rationale to train on: what a CPU can afford
 MAX_NEW_TOKENS = 128
 DATA = ("svamp", "gsm8k", "problems")
@@ -42,49 +41,52 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--data", default="svamp", choices=DATA)
     parser.add_argument("--student", default="smollm2-135m")
+    parser.add_argument("--num_train", type=int, default=240, help="training questions")
     parser.add_argument("--num_validation", type=int, default=24, help="questions of the held-out loss")
     parser.add_argument("--num_test", type=int, default=150, help="questions of each accuracy")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
 
 
-def load_splits(name: str, folder: Path, num_validation: int, num_test: int) -> Splits:
-    """The same questions at every seed.
+def load_splits(options: argparse.Namespace) -> Splits:
+    """The same questions at every seed, as add_data_arguments describes them.
 
-    name: "svamp" (3 sampled rationales, out of distribution: GSM8K), "gsm8k" (2 written ones, out of distribution:
+    data: "svamp" (3 sampled rationales, out of distribution: GSM8K), "gsm8k" (2 written ones, out of distribution:
         SVAMP) or "problems" (8 perspectives, generated; out of distribution: SVAMP).
     folder: holds svamp_train_k3.jsonl, svamp_test.jsonl, gsm8k_k2.jsonl and gsm8k_eval.jsonl.
 
-    Raises: ValueError for another name or a missing file.
+    Raises: ValueError for a missing file, or too few questions that fit.
     """
+    folder, num_train, num_test = options.folder, options.num_train, options.num_test
     order = random.Random(0)
 
     def read(file: str, rationales: bool = False) -> list[Record]:
         records = load_records(folder / file, require_rationales=rationales)
         return order.sample(records, len(records))
 
-    if name == "problems":
+    if options.data == "problems":
         rows = [row for row in generate_records(3200, seed=0) if row["difficulty"] <= 0.4]
         known, test = load_records(rows), load_records(generate_records(num_test, seed=0, split="heldout"))
         ood = read("svamp_test.jsonl")
-    elif name == "svamp":
+    elif options.data == "svamp":
         known, test, ood = read("svamp_train_k3.jsonl", True), read("svamp_test.jsonl"), read("gsm8k_eval.jsonl")
-    elif name == "gsm8k":
-        known, test, ood = read("gsm8k_k2.jsonl", True), read("gsm8k_eval.jsonl"), read("svamp_test.jsonl")
     else:
-        raise ValueError(f"--data: given {name!r}, want {', '.join(DATA)}")
+        known, test, ood = read("gsm8k_k2.jsonl", True), read("gsm8k_eval.jsonl"), read("svamp_test.jsonl")
     asked = {record.question for record in test}
     known = [
         record
         for record in known
         if record.question not in asked and all(len(item.text) <= MAX_CHARACTERS for item in record.rationales)
     ]
+    wanted = num_train + options.num_validation
+    if len(known) < wanted:
+        raise ValueError(f"--num_train: {options.data} has {len(known)} short questions, want at least {wanted}")
     return Splits(
-        known[:NUM_TRAIN],
-        known[NUM_TRAIN : NUM_TRAIN + num_validation],
+        known[:num_train],
+        known[num_train:wanted],
         test[:num_test],
         ood[:num_test],
-        exchangeable=name == "svamp",
+        exchangeable=options.data == "svamp",
     )
 
 

@@ -54,7 +54,7 @@ class Settings:
     @property
     def file(self) -> str:
         kind = "exact" if self.tolerance == 0 else f"{self.tolerance:.6f}" + ("" if self.correction else "-uncorrected")
-        return f"{self.student}-{self.data}-{self.training}-s{self.seed}-{kind}.json"
+        return f"{Path(self.student).name}-{self.data}-{self.training}-s{self.seed}-{kind}.json"
 
 
 class Trainee:
@@ -76,7 +76,9 @@ class Trainee:
         self.embedding, self.rare_before = embedding, embedding.detach()[self.rare].clone()
         self.model: Any = student
         if settings.training == "lora":
-            self.model = get_peft_model(student, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+            self.model = get_peft_model(
+                student, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+            )
         self.pruning = GradientPruning(settings.tolerance, correction=settings.correction)
 
     def train(self) -> dict[str, Any]:
@@ -173,7 +175,7 @@ def run_group(group: Sequence[Settings], splits: Splits, folder: Path, device: s
         run_once(folder / settings.file, settings, lambda settings=settings: run(settings), device)  # type: ignore[misc]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
     parser.add_argument("--training", nargs="+", default=["full", "lora"], choices=("full", "lora"))
@@ -184,8 +186,8 @@ def main() -> None:
     parser.add_argument(
         "--uncorrected", type=float, nargs="*", default=TOLERANCES, help="tolerances without correction"
     )
-    options = parser.parse_args()
-    splits = load_splits(options.data, options.folder, options.num_validation, options.num_test)
+    options = parser.parse_args(arguments)
+    splits = load_splits(options)
     kinds = [(tolerance, True) for tolerance in (0.0, *TOLERANCES)]
     kinds += [(tolerance, False) for tolerance in options.uncorrected]
     for seed in options.seeds:

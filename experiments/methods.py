@@ -15,7 +15,9 @@ import argparse
 import itertools
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,7 +138,7 @@ def run(settings: Settings, splits: Splits, device: str) -> dict[str, Any]:
     return outcome
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=(*METHODS, UNTRAINED))
@@ -148,9 +150,9 @@ def main() -> None:
     parser.add_argument("--questions_per_step", type=int, default=4)
     parser.add_argument("--beta", type=float, default=MindConfig.beta)
     parser.add_argument("--tau_student", type=float, default=MindConfig.tau_student)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     device = options.device
-    splits = load_splits(options.data, options.folder, options.num_validation, options.num_test)
+    splits = load_splits(options)
     for seed, rate, method in itertools.product(options.seeds, options.learning_rates, options.methods):
         settings = Settings(
             options.student,
@@ -164,7 +166,7 @@ def main() -> None:
             options.tau_student,
             fingerprint(splits),
         )
-        name = f"{options.student}-{options.data}-{method}-s{seed}"
+        name = f"{Path(options.student).name}-{options.data}-{method}-s{seed}"
         if seed >= 100:
             name += f"-lr{rate:g}-beta{options.beta:g}-tau{options.tau_student:g}"
         file = options.results / "methods" / f"{name}.json"

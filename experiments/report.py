@@ -112,7 +112,7 @@ def methods_section(documents: Sequence[Document], output: Path) -> list[str]:
             "forward-only tokens",
         ]
         lines += [*table(header, rows), ""]
-        picture = f"methods-{student}-{data}.png"
+        picture = f"methods-{Path(student).name}-{data}.png"
         _plot_methods(by_method, output / picture)
         lines += [f"![Held-out loss and accuracy of every method]({picture})", ""]
     return lines
@@ -214,7 +214,7 @@ def tolerance_section(documents: Sequence[Document], output: Path) -> list[str]:
         if training == "full":
             header += ["drift of rare embeddings, %", "cosine to the exact drift"]
         lines += [*table(header, rows), ""]
-        picture = f"gradient-tolerance-{student}-{training}.png"
+        picture = f"gradient-tolerance-{Path(student).name}-{training}.png"
         _plot_curves(runs, output / picture)
         lines += [f"![Distance of the loss curves from the exact ones]({picture})", ""]
     return lines
@@ -247,11 +247,11 @@ def _plot_curves(runs: dict[tuple[float, bool], dict[int, Document]], path: Path
     plt.close(figure)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     parser.add_argument("--output", type=Path, default=RESULTS.parent / "RESULTS.md")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     folder = options.output.parent
     lines = [
         "# What the experiments found",

@@ -1,0 +1,143 @@
+"""The experiments on a tiny random student: every file is written once, and the report tells what is in them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "mind"))
+from tiny import tiny_student, tiny_tokenizer
+
+from experiments import gradient_tolerance, methods, report
+from experiments.common import accuracy
+from mind.problems import generate_records
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experiments")
+    tiny_student(max_position_embeddings=2048, tie_word_embeddings=True).save_pretrained(folder / "student")
+    tiny_tokenizer().save_pretrained(folder / "student")
+    known = generate_records(40, seed=1)
+    short = [row for row in known if all(len(item["text"]) <= 480 for item in row["rationales"])][:14]
+    for row in short:
+        row["rationales"] = row["rationales"][:3]
+    unseen = generate_records(4, seed=1, split="heldout")
+    for name, rows in (("svamp_train_k3", short), ("svamp_test", unseen[:2]), ("gsm8k_eval", unseen[2:])):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    given = f"--folder {folder} --student {folder / 'student'} --num_train 8 --num_validation 4 --num_test 2"
+    return [*given.split(), "--results", str(folder / "results"), *more]
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.common.MAX_NEW_TOKENS", 4)
+
+
+def read(folder: Path, experiment: str) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in (folder / "results" / experiment).glob("*.json")}
+
+
+def test_methods_stop_at_the_token_budget_and_run_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = arguments(folder, "--methods", "untrained", "mind", "single_path", "no_fusion", "--seeds", "0")
+    wanted += ["--token_budget", "4000", "--questions_per_step", "2"]
+    methods.main(wanted)
+    found = {run["settings"]["method"]: run for run in read(folder, "methods").values()}
+    assert set(found) == {"untrained", "mind", "single_path", "no_fusion"}
+    steps = {name: run["steps"] for name, run in found.items() if name != "untrained"}
+    for name, count in steps.items():
+        per_step = found[name]["trained_tokens"] / count
+        assert 4000 <= found[name]["trained_tokens"] < 4000 + 2 * per_step
+    assert steps["single_path"] > steps["no_fusion"]  # one rationale of three a question
+    assert found["no_fusion"]["forward_only_tokens"] == 0 < found["mind"]["forward_only_tokens"]
+    assert found["no_fusion"]["validation_loss"] != found["untrained"]["validation_loss"]
+    assert "steps" not in found["untrained"] and len(found["mind"]["test"]["correct"]) == 2
+
+    capsys.readouterr()
+    methods.main(wanted)
+    assert capsys.readouterr().out.count("done before") == 4
+    with pytest.raises(ValueError, match="run with another token_budget"):
+        methods.main([*wanted, "--token_budget", "5000"])
+
+
+def test_what_chooses_settings_sees_no_test_question(folder: Path) -> None:
+    methods.main(arguments(folder, "--methods", "no_fusion", "--seeds", "100", "--token_budget", "1000"))
+    (run,) = (run for name, run in read(folder, "methods").items() if "-s100-" in name)
+    assert "test" not in run and "ood" not in run and len(run["validation"]["correct"]) == 4
+
+
+def test_tolerances_are_compared_on_the_same_batches(folder: Path) -> None:
+    wanted = arguments(folder, "--steps", "4", "--seeds", "0", "--uncorrected", "0.00390625")
+    gradient_tolerance.main(wanted)
+    runs = read(folder, "gradient_tolerance")
+    assert len(runs) == 2 * 5
+    for training in ("full", "lora"):
+        exact = next(run for name, run in runs.items() if f"-{training}-" in name and name.endswith("exact"))
+        for name, run in runs.items():
+            if f"-{training}-" in name:
+                assert run["losses"][0] == exact["losses"][0]  # the same student, the same first batch
+                assert 0 <= run["certificate"] <= run["settings"]["tolerance"]
+    full = {name: run for name, run in runs.items() if "-full-" in name}
+    assert all(run["rare_tokens"] > 0 and run["rare_drift"] > 0 for run in full.values())
+    (exact,) = (run for name, run in full.items() if name.endswith("exact"))
+    assert exact["rare_drift_cosine"] == pytest.approx(1)
+
+    # A missing one is made again, with the exact student's drift to compare with.
+    (gone,) = (folder / "results" / "gradient_tolerance").glob("*-full-*uncorrected.json")
+    before = json.loads(gone.read_text())
+    gone.unlink()
+    gradient_tolerance.main(wanted)
+    after = json.loads(gone.read_text())
+    assert after["losses"] == before["losses"] and after["rare_drift_cosine"] == before["rare_drift_cosine"]
+
+
+def test_too_few_questions_are_an_error(folder: Path) -> None:
+    with pytest.raises(ValueError, match="--num_train: svamp has 14 short questions, want at least 104"):
+        methods.main(arguments(folder, "--num_train", "100"))
+
+
+def test_report_tells_what_the_files_hold(folder: Path, tmp_path: Path) -> None:
+    base = {"student": "s", "data": "svamp", "token_budget": 1000, "learning_rate": 1e-4, "questions_per_step": 4}
+    base |= {"beta": 0.8, "tau_student": 0.1}
+    environment = {"device": "a CPU", "commit": "0123456789abcdef"}
+    results = tmp_path / "results" / "methods"
+    results.mkdir(parents=True)
+    for method, right in (("mind", [1, 1, 1, 0]), ("no_fusion", [1, 0, 0, 0])):
+        for seed in (0, 1):
+            run = {
+                "settings": base | {"method": method, "seed": seed},
+                "environment": environment,
+                "validation_loss": 1.0 + 0.1 * seed,
+                "test": {"accuracy": sum(right) / 4, "answered": 0.5, "correct": right},
+                "ood": {"accuracy": 0.0, "answered": 0.5, "correct": [0, 0]},
+                "steps": 10,
+                "forward_only_tokens": 7,
+                "log": {"selected_rationales": [2.0, 3.0]},
+            }
+            (results / f"{method}-{seed}.json").write_text(json.dumps(run))
+    output = tmp_path / "RESULTS.md"
+    report.main(["--results", str(tmp_path / "results"), "--output", str(output)])
+    text = output.read_text()
+    (row,) = (line for line in text.splitlines() if line.startswith("| `mind`"))
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[1:3] == ["2", "1.050 ± 0.071"]
+    assert cells[3].startswith("75.0 [") and cells[4].startswith("+50.0 [")
+    assert cells[6:] == ["50", "10", "2.50", "7"]
+    assert "a CPU; commit 0123456789" in text
+    assert (tmp_path / "methods-s-svamp.png").stat().st_size > 1000
+
+
+def test_accuracy_counts_what_holds_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Result:
+        accuracy, correct, answers = 0.5, [True, False, False, True], ["1", None, "2", "3"]
+
+    monkeypatch.setattr("experiments.common.measure_accuracy", lambda *args, **kwargs: Result)
+    found = accuracy(None, None, range(4), 4, "cpu")  # type: ignore[arg-type]
+    assert found == {"accuracy": 0.5, "answered": 0.75, "correct": [1, 0, 0, 1]}
