@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from mind.collator import SharedPrompts
 from mind_kernels import MindLoss
 
 __all__ = ["MindAttachment", "MindOutput", "attach_mind_loss"]
@@ -41,6 +42,7 @@ class MindOutput(ModelOutput):
     consistency: Tensor | None = None  # () detached
     kl: Tensor | None = None  # () detached
     rationale_losses: Tensor | None = None  # (B, K) detached
+    last_hidden_state: Tensor | None = None  # (R, T, H) with its graph, when it was asked for
 
 
 def attach_mind_loss(model: nn.Module, **loss_options: Any) -> MindAttachment:
@@ -60,6 +62,8 @@ def attach_mind_loss(model: nn.Module, **loss_options: Any) -> MindAttachment:
     teacher: TeacherHidden, TeacherLogits or TeacherTopK with the rows of the R·T flattened tokens (of (B, K, T) without
         cu_seqlens).
     num_questions: what the losses are divided by; B by default.
+    shared_prompts: SharedPrompts, the same rationales for reading each prompt once; see MindAttachment.read.
+    return_hidden_states: True puts last_hidden_state into the MindOutput.
 
     model: a PreTrainedModel, or one inside a PeftModel or DistributedDataParallel. Its head must be a plain nn.Linear.
     loss_options: settings of mind_kernels.MindLoss. logit_scale and logit_softcap default to what the config says
@@ -128,12 +132,86 @@ class MindAttachment:
             model.forward = self.shadowed_forward
         delattr(model, _ATTRIBUTE)
 
+    def read(self, inputs: dict[str, Any], shared_prompts: SharedPrompts | None = None) -> Tensor:
+        """(R, T, H), what the base model makes of input_ids (R, T) and its other arguments by name.
+
+        shared_prompts: each prompt is read once, its keys and values are repeated for the question's rationales, and
+            these are read behind them: the tokens of K rationales and one prompt instead of K of both. The rows that
+            predict a token are the same to rounding, gradient included; all others are 0.
+
+        Raises: ValueError when the base model gives no keys and values to go on from.
+        """
+        if shared_prompts is None:
+            hidden_states: Tensor = self.base(**{"use_cache": False} | inputs)[0]
+            return hidden_states
+        prompts = shared_prompts
+        position_ids = (prompts.prompt_mask.cumsum(-1) - 1).clamp_min(0)
+        output = self.base(
+            input_ids=prompts.prompt_ids, attention_mask=prompts.prompt_mask, position_ids=position_ids, use_cache=True
+        )
+        cache = output.past_key_values
+        if cache is None or not hasattr(cache, "batch_select_indices"):
+            raise ValueError(
+                f"shared_prompts: {type(self.base).__name__} gives {type(cache).__name__} for its keys and values "
+                "(none with gradient checkpointing), wanted a cache: read the prompts unshared"
+            )
+        cache.batch_select_indices(prompts.question_index)
+        mask = torch.cat([prompts.prompt_mask[prompts.question_index], prompts.target_mask], dim=1)
+        target_states = self.base(
+            input_ids=prompts.target_ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1)[:, prompts.prompt_ids.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+        )[0]
+        rows = torch.cat([output[0][prompts.question_index, -1:], target_states], dim=1).flatten(0, 1)
+        shape = inputs["input_ids"].shape
+        hidden_states = rows.new_zeros(shape.numel(), rows.shape[-1])
+        return hidden_states.index_copy(0, prompts.place, rows[prompts.source]).view(*shape, -1)
+
+    @torch.no_grad()
+    def check_shared_prompts(self) -> None:
+        """Compare both ways of reading two short rationales of one question.
+
+        Raises: ValueError when they differ by more than rounding, or as `read`.
+        """
+        device, size = self.head.weight.device, self.head.out_features
+        sequences = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, 4, 3]], device=device).remainder(size)
+        rows = torch.tensor([2, 3, 7, 8], device=device)  # those that predict the two targets of each
+        prompt_ids, target_ids = sequences[:1, :3], sequences[:, 3:4]
+        prompts = SharedPrompts(
+            prompt_ids,
+            torch.ones_like(prompt_ids),
+            target_ids,
+            torch.ones_like(target_ids),
+            question_index=torch.zeros_like(rows[:2]),
+            source=torch.arange(4, device=device),
+            place=rows,
+        )
+        inputs = {"input_ids": sequences, "attention_mask": torch.ones_like(sequences)}
+        modes = [(module, module.training) for module in self.base.modules()]
+        self.base.eval()  # dropout would tell two runs apart
+        try:
+            plain, shared = (self.read(inputs, given).flatten(0, 1)[rows] for given in (None, prompts))
+        finally:
+            for module, training in modes:
+                module.training = training
+        difference = (plain - shared).abs().max().item()
+        allowed = max(1e-4, 8 * torch.finfo(plain.dtype).eps) * plain.abs().max().item()
+        if not difference <= allowed:
+            raise ValueError(
+                f"shared_prompts: what {type(self.base).__name__} makes of tokens behind its cache differs by up to "
+                f"{difference:.3g} (allowed {allowed:.1g}) from reading them whole: read the prompts unshared"
+            )
+
     def compute_loss(
         self,
         inputs: dict[str, Any],
         shift_labels: Tensor,  # (R, T)
         rationale_weights: Tensor | None,  # (B, K)
         cu_seqlens: Tensor | None,  # (B·K + 1,)
+        shared_prompts: SharedPrompts | None = None,
+        return_hidden_states: bool = False,
         **tensors: Any,  # answer_index, supervised_index, teacher, num_questions: as mind_loss takes them
     ) -> MindOutput:
         """The loss of what the base model makes of inputs (the original forward's arguments by name)."""
@@ -143,8 +221,7 @@ class MindAttachment:
             if inputs.pop(name, None) is not None:
                 raise ValueError(f"{name}: given with shift_labels, wanted shift_labels and num_questions alone")
         inputs.pop("return_dict", None)  # MindOutput is the one thing returned
-        inputs.setdefault("use_cache", False)
-        hidden_states = self.base(**inputs)[0]  # (R, T, H)
+        hidden_states = self.read(inputs, shared_prompts)  # (R, T, H)
         *rows, hidden_size = hidden_states.shape
         if shift_labels.numel() != hidden_states.shape[:-1].numel():
             raise ValueError(f"shift_labels: given shape {tuple(shift_labels.shape)}, wanted the input's {tuple(rows)}")
@@ -166,7 +243,7 @@ class MindAttachment:
             cu_seqlens=cu_seqlens,
             **tensors,
         )
-        return MindOutput(**output._asdict())
+        return MindOutput(**output._asdict(), last_hidden_state=hidden_states if return_hidden_states else None)
 
     @torch.no_grad()
     def _check_logits(self) -> None:
@@ -279,6 +356,8 @@ def _make_forward(original_forward: Callable[..., Any]) -> Callable[..., Any]:
         supervised_index: Tensor | None = None,
         teacher: Any = None,
         num_questions: int | Tensor | None = None,
+        shared_prompts: SharedPrompts | None = None,
+        return_hidden_states: bool = False,
         **inputs: Any,
     ) -> Any:
         attachment: MindAttachment = getattr(self, _ATTRIBUTE)
@@ -289,6 +368,7 @@ def _make_forward(original_forward: Callable[..., Any]) -> Callable[..., Any]:
             "supervised_index": supervised_index,
             "teacher": teacher,
             "num_questions": num_questions,
+            "shared_prompts": shared_prompts,
         }
         if shift_labels is None:
             given = [name for name, value in tensors.items() if value is not None]
@@ -297,7 +377,7 @@ def _make_forward(original_forward: Callable[..., Any]) -> Callable[..., Any]:
             return attachment.original_forward(*args, **inputs)
         inputs |= dict(zip(names, args, strict=False))
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        return attachment.compute_loss(inputs, shift_labels, **tensors)
+        return attachment.compute_loss(inputs, shift_labels, return_hidden_states=return_hidden_states, **tensors)
 
     # generate() and Trainer read from the signature which inputs the model takes.
     own = [p for p in inspect.signature(forward).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]

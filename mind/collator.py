@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,26 @@ from torch import Tensor
 from mind.data import EncodedQuestion
 
 IGNORE_INDEX = -100
+
+
+class SharedPrompts(NamedTuple):
+    """R rationales of Q questions, laid out so that every prompt is read once; see `mind.attach.read`.
+
+    prompt_ids, prompt_mask: (Q, T_p) int64, padded on the left.
+    target_ids, target_mask: (R, T_t) int64, padded on the right, without each rationale's last token, which predicts
+        nothing.
+    question_index: (R,) int64, which prompt each rationale follows.
+    source, place: (n,) int64: of the R·(T_t + 1) rows that predict a token (a prompt's last one, then the targets),
+        those that are not padding, and where they stand among the R·T rows of `student_inputs`.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    target_ids: Tensor
+    target_mask: Tensor
+    question_index: Tensor
+    source: Tensor
+    place: Tensor
 
 
 @dataclass(frozen=True)
@@ -41,9 +62,15 @@ class QuestionBatch:
         """(B,) int64, rows of the questions in the dataset."""
         return torch.tensor([question.index for question in self.questions])
 
-    def tokens(self, selected: Tensor) -> int:
-        """Tokens of the selected (B, K) rationales, prompts included, padding not."""
-        return int((torch.tensor([question.lengths for question in self.questions]) * selected).sum())
+    def tokens(self, selected: Tensor, share_prompt: bool = False) -> int:
+        """Tokens that are read of the selected (B, K) rationales and their prompts, padding not counted.
+
+        share_prompt: each question's prompt once, and no rationale's last token.
+        """
+        if not share_prompt:
+            return int((torch.tensor([question.lengths for question in self.questions]) * selected).sum())
+        prompts = torch.tensor([len(question.prompt_ids) for question in self.questions])
+        return self.target_tokens(selected) - int(selected.sum()) + int((prompts * selected.any(-1)).sum())
 
     def target_tokens(self, selected: Tensor) -> int:
         """Supervised tokens of the selected (B, K) rationales."""
@@ -114,3 +141,31 @@ def student_inputs(questions: Sequence[EncodedQuestion], selected: Tensor, pad_t
         "answer_index": answer_index,
         "supervised_index": (shift_labels != IGNORE_INDEX).nonzero().squeeze(1),
     }
+
+
+def shared_prompts(questions: Sequence[EncodedQuestion], selected: Tensor, pad_token_id: int) -> SharedPrompts:
+    """The same rationales as student_inputs, to be read behind one copy of each question's prompt."""
+    chosen = [(b, k) for b, k in selected.nonzero().tolist()]
+    asked = sorted({b for b, _ in chosen})
+    targets = [questions[b].target_ids[k] for b, k in chosen]
+    prompt_width = max(len(questions[b].prompt_ids) for b in asked)
+    target_width = max(map(len, targets)) - 1
+    prompt_ids = torch.full((len(asked), prompt_width), pad_token_id)
+    target_ids = torch.full((len(chosen), target_width), pad_token_id)
+    prompt_mask, target_mask = torch.zeros_like(prompt_ids), torch.zeros_like(target_ids)
+    for row, b in enumerate(asked):
+        prompt = questions[b].prompt_ids
+        prompt_ids[row, prompt_width - len(prompt) :] = torch.tensor(prompt)
+        prompt_mask[row, prompt_width - len(prompt) :] = 1
+    width = max(questions[b].lengths[k] for b, k in chosen)  # T of student_inputs
+    source, place = [], []
+    for row, ((b, _), target) in enumerate(zip(chosen, targets, strict=True)):
+        target_ids[row, : len(target) - 1] = torch.tensor(target[:-1])
+        target_mask[row, : len(target) - 1] = 1
+        first = row * width + len(questions[b].prompt_ids) - 1
+        source.append(torch.arange(len(target)) + row * (target_width + 1))
+        place.append(torch.arange(len(target)) + first)
+    question_index = torch.tensor([asked.index(b) for b, _ in chosen])
+    return SharedPrompts(
+        prompt_ids, prompt_mask, target_ids, target_mask, question_index, torch.cat(source), torch.cat(place)
+    )

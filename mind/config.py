@@ -94,6 +94,13 @@ class MindConfig(TrainingArguments):
     max_length: int = field(
         default=1024, metadata={"help": "Tokens of a prompt, rationale and suffix; a longer one is an error."}
     )
+    share_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "Read each question's prompt once, not once for each of its rationales. The same to rounding; "
+            "needs a student whose keys and values can be cached, and no gradient checkpointing."
+        },
+    )
     max_logits_bytes: int | None = field(
         default=None, metadata={"help": "Memory budget of the loss for logits, in bytes. Default: the kernels' own."}
     )
@@ -183,6 +190,8 @@ class MindConfig(TrainingArguments):
         ):
             given = getattr(self, name)
             self._want(name, given == value or not given, f"{value!r}: {reason}")
+        if self.share_prompt:
+            self._want("gradient_checkpointing", not self.gradient_checkpointing, "False with share_prompt")
         if self.use_liger_kernel:
             fused = (self.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
             self._want("liger_kernel_config", not fused, '{"fused_linear_cross_entropy": false}: the loss is fused')

@@ -29,7 +29,7 @@ from mind.assistant import TeachingAssistant, load_assistant, select_rationales
 from mind.attach import MindAttachment, attach_mind_loss
 from mind.calibration import Calibrator
 from mind.checkpoint import PARTIAL_PREFIX, STATE_FILE, publish, read_state, remove_partial
-from mind.collator import QuestionBatch, collate, student_inputs
+from mind.collator import QuestionBatch, SharedPrompts, collate, shared_prompts, student_inputs
 from mind.config import MindConfig
 from mind.data import EncodedQuestion, MindDataset
 from mind.feedback import Feedback, peak_memory_bytes, summarise
@@ -162,17 +162,18 @@ class MindTrainer(Trainer):
             losses = self._measure(inputs.questions, inputs.mask & ~selected)
         batch = self._student_inputs(inputs.questions, selected)
         teacher = {} if self._teacher is None else {"teacher": self._teacher_rows(inputs.questions, selected, batch)}
-        with self._hidden_states() as hidden_states, record_pruning() as pruned:
+        with record_pruning() as pruned:
             output = model(
                 **batch,
                 **teacher,
                 rationale_weights=weights.to(self.args.device),
                 num_questions=num_questions,
+                return_hidden_states=self.args.method == "mcc_kd",
             )
         loss, consistency = output.loss, output.consistency
         if self.args.method == "mcc_kd":
             answer_index = batch["answer_index"][selected.any(-1)]
-            consistency = self._symmetric_kl(hidden_states[0], answer_index) / num_questions
+            consistency = self._symmetric_kl(output.last_hidden_state.flatten(0, 1), answer_index) / num_questions
             loss = loss + self.args.consistency_weight * consistency
         own_losses = output.rationale_losses.float()
         self._since_step.append(
@@ -211,10 +212,13 @@ class MindTrainer(Trainer):
             chosen = mask & (order.argsort(dim=-1) < 2)
         return None, chosen / chosen.sum(-1, keepdim=True), None
 
-    def _student_inputs(self, questions: Sequence[EncodedQuestion], selected: Tensor) -> dict[str, Tensor]:
+    def _student_inputs(self, questions: Sequence[EncodedQuestion], selected: Tensor) -> dict[str, Any]:
         """student_inputs on the device, but for the indices: the host needs them, and would have to wait for them."""
         batch = student_inputs(questions, selected, self._pad_token_id)
-        device = {name: to_device(batch.pop(name), self.args.device) for name in ON_DEVICE}
+        device: dict[str, Any] = {name: to_device(batch.pop(name), self.args.device) for name in ON_DEVICE}
+        if self.args.share_prompt:
+            prompts = shared_prompts(questions, selected, self._pad_token_id)
+            device["shared_prompts"] = SharedPrompts(*(to_device(tensor, self.args.device) for tensor in prompts))
         if self.accelerator.num_processes > 1:  # DistributedDataParallel moves every tensor to the device
             del batch["supervised_index"]
         return device | batch
@@ -232,7 +236,7 @@ class MindTrainer(Trainer):
         training = student.model.training
         student.model.eval()
         with self.accelerator.autocast():
-            hidden_states = _last_hidden_states(student, batch)
+            hidden_states = _read(student, batch)
             settings = student.loss.settings
             _, losses = fused_linear_cross_entropy(
                 hidden_states,
@@ -249,7 +253,7 @@ class MindTrainer(Trainer):
 
     @torch.no_grad()
     def _teacher_rows(
-        self, questions: Sequence[EncodedQuestion], selected: Tensor, batch: dict[str, Tensor]
+        self, questions: Sequence[EncodedQuestion], selected: Tensor, batch: dict[str, Any]
     ) -> TeacherHidden | TeacherTopK:
         """The teacher on the same tokens: what is stored of it, or a white-box one in its own dtype."""
         if isinstance(self._teacher, TopKTeacher):
@@ -257,7 +261,7 @@ class MindTrainer(Trainer):
         assert self._teacher is not None
         head, settings = self._teacher.head, self._teacher.loss.settings
         with torch.autocast(self.args.device.type, enabled=False):
-            hidden_states = _last_hidden_states(self._teacher, batch)
+            hidden_states = _read(self._teacher, batch)
         return TeacherHidden(hidden_states, head.weight, head.bias, settings["logit_scale"], settings["logit_softcap"])
 
     def _symmetric_kl(self, hidden_states: Tensor, answer_index: Tensor) -> Tensor:
@@ -376,6 +380,8 @@ class MindTrainer(Trainer):
             max_logits_bytes=args.max_logits_bytes,
             gradient_tolerance=args.gradient_tolerance,
         )
+        if args.share_prompt:
+            self._student.check_shared_prompts()
         try:
             yield
         finally:
@@ -388,21 +394,6 @@ class MindTrainer(Trainer):
         if self._student is None:
             raise RuntimeError("the fused loss is not attached: use train() or measure_losses()")
         return self._student
-
-    @contextmanager
-    def _hidden_states(self) -> Iterator[list[Tensor]]:
-        """Collects what the base model gives, flattened to (N, H), with its graph; for mcc_kd alone."""
-        collected: list[Tensor] = []
-        if self.args.method != "mcc_kd":
-            yield collected
-            return
-        hook = self._attached().base.register_forward_hook(
-            lambda module, args, output: collected.append(output[0].flatten(0, 1))
-        )
-        try:
-            yield collected
-        finally:
-            hook.remove()
 
     def measure_losses(self, dataset: MindDataset | None = None) -> Tensor:
         """The student's loss on every rationale (num_questions, K), fp32 nats per token, NaN where there is none.
@@ -479,7 +470,8 @@ class MindTrainer(Trainer):
         """6 operations a parameter and trained token, 2 for a token that is only measured."""
         feedback = self._since_step[-1]
         selected = feedback.weights > 0
-        trained, measured = inputs.tokens(selected), inputs.tokens(feedback.measured & ~selected)
+        share = self.args.share_prompt
+        trained, measured = inputs.tokens(selected, share), inputs.tokens(feedback.measured & ~selected, share)
         return (6 * trained + 2 * measured) * self.model.num_parameters(exclude_embeddings=True)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -549,10 +541,10 @@ class _StepCallback(TrainerCallback):
         self.trainer._learn_from_feedback()
 
 
-def _last_hidden_states(attachment: MindAttachment, batch: dict[str, Tensor]) -> Tensor:
+def _read(attachment: MindAttachment, batch: dict[str, Any]) -> Tensor:
     """(R·T, H), what enters the head."""
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    return attachment.base(**inputs, use_cache=False)[0].flatten(0, 1)
+    return attachment.read(inputs, batch.get("shared_prompts")).flatten(0, 1)
 
 
 def _check_dataset(dataset: MindDataset, args: MindConfig, model: PreTrainedModel) -> None:

@@ -15,6 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from mind.attach import MindOutput, attach_mind_loss
+from mind.collator import shared_prompts, student_inputs
+from mind.data import EncodedQuestion
 from mind_kernels import TeacherLogits
 
 B, K, T, A, V = 2, 3, 10, 2, 61
@@ -557,3 +559,114 @@ def test_bad_input_is_named(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         model(**mind_inputs() | change)
     assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every prompt read once
+
+
+def questions() -> tuple[list[EncodedQuestion], Tensor]:
+    """Prompts of 6, 3 and 9 tokens, targets of 3 to 7, and which are selected: of the second question one, in all 6."""
+    generator = torch.Generator().manual_seed(2)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, V, (count,), generator=generator).tolist())
+
+    found = []
+    for b, length in enumerate((6, 3, 9)):
+        suffix = ids(A)
+        targets = tuple(ids(1 + (2 * b + k) % 5) + suffix for k in range(K))
+        found.append(EncodedQuestion(f"q{b}", ids(length), targets, A, b))
+    return found, torch.tensor([[True, True, True], [False, True, False], [True, False, True]])
+
+
+def objective(model: nn.Module, share: bool) -> tuple[MindOutput, dict[str, Tensor]]:
+    asked, selected = questions()
+    weights = selected / selected.sum(-1, keepdim=True)
+    inputs = student_inputs(asked, selected, 0)
+    extra = {"shared_prompts": shared_prompts(asked, selected, 0)} if share else {}
+    output = model(**inputs, **extra, rationale_weights=weights.double(), return_hidden_states=True)
+    return output, gradients(output.loss, model)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_prompts_read_once_give_the_same_loss_and_gradients(name: str) -> None:
+    # Gemma 2's own attention gives NaN in fp64 for what begins with padding. Norms and rotations are fp32 in most.
+    dtype, tolerance = (torch.float32, 2e-5) if name == "gemma2" else (torch.float64, 1e-6)
+    model = build(name, dtype)
+    attach_mind_loss(model, consistency_weight=CONSISTENCY)
+    plain, plain_gradients = objective(model, share=False)
+    shared, shared_gradients = objective(model, share=True)
+    for part in ("loss", "cross_entropy", "consistency", "rationale_losses"):
+        torch.testing.assert_close(shared[part], plain[part], rtol=tolerance, atol=tolerance)
+    assert plain.consistency > 0
+    for key, gradient in plain_gradients.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(shared_gradients[key], gradient, rtol=0, atol=max(tolerance * scale, 1e-12))
+
+
+def test_prompts_read_once_are_read_once() -> None:
+    model = build("llama")
+    attachment = attach_mind_loss(model)
+    asked, selected = questions()
+    read: list[tuple[int, int]] = []
+    attachment.base.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    objective(model, share=True)
+    longest = max(
+        len(question.target_ids[k]) for question, row in zip(asked, selected, strict=True) for k in range(K) if row[k]
+    )
+    assert read == [(3, 9), (6, longest - 1)]
+
+
+def test_rows_that_predict_nothing_are_zero() -> None:
+    model = build("llama")
+    attach_mind_loss(model)
+    plain, _ = objective(model, share=False)
+    shared, _ = objective(model, share=True)
+    asked, selected = questions()
+    labels = student_inputs(asked, selected, 0)["shift_labels"] != -100
+    torch.testing.assert_close(
+        shared.last_hidden_state.flatten(0, 1)[labels], plain.last_hidden_state.flatten(0, 1)[labels]
+    )
+    assert not shared.last_hidden_state.flatten(0, 1)[~labels].any()
+
+
+def test_a_base_without_a_cache_is_refused() -> None:
+    model = build("llama", torch.float32)
+    attach_mind_loss(model)
+    model.gradient_checkpointing_enable()
+    model.train()
+    with pytest.raises(ValueError, match="shared_prompts: LlamaModel gives NoneType for its keys and values"):
+        objective(model, share=True)
+
+
+def test_a_base_that_reads_another_thing_behind_its_cache_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    attachment = attach_mind_loss(build("llama"))
+    attachment.check_shared_prompts()
+    select = transformers.DynamicCache.batch_select_indices
+
+    def select_and_spoil(cache: transformers.DynamicCache, indices: Tensor) -> None:
+        select(cache, indices)
+        for layer in cache.layers:
+            layer.values = 1.01 * layer.values
+
+    monkeypatch.setattr(transformers.DynamicCache, "batch_select_indices", select_and_spoil)
+    with pytest.raises(ValueError, match="shared_prompts: what LlamaModel makes of tokens behind its cache differs"):
+        attachment.check_shared_prompts()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_passes_the_check_in_16_bits(name: str) -> None:
+    attachment = attach_mind_loss(build(name, torch.bfloat16))
+    attachment.check_shared_prompts()
+    assert not any(module.training for module in attachment.base.modules())
+
+
+def test_shared_prompts_without_labels() -> None:
+    model = build("llama")
+    attach_mind_loss(model)
+    asked, selected = questions()
+    with pytest.raises(ValueError, match="shift_labels: given None with shared_prompts"):
+        model(input_ids=torch.tensor([[3, 4]]), shared_prompts=shared_prompts(asked, selected, 0))

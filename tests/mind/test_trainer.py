@@ -266,13 +266,15 @@ def test_the_loss_table_is_a_moving_average(tmp_path: Path) -> None:
 # The objective and its normalisation
 
 
+@pytest.mark.parametrize("share_prompt", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_loss_and_gradient_are_the_objective(method: str, tmp_path: Path) -> None:
+def test_loss_and_gradient_are_the_objective(method: str, share_prompt: bool, tmp_path: Path) -> None:
     """One SGD step of rate 1: what the weights moved by is the gradient of the objective from plain logits."""
     changes = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "warmup_steps": 0}
     trainer = make_trainer(
         tmp_path,
         method=method,
+        share_prompt=share_prompt,
         max_steps=1,
         gradient_accumulation_steps=2,
         max_grad_norm=0.0,
@@ -294,6 +296,16 @@ def test_loss_and_gradient_are_the_objective(method: str, tmp_path: Path) -> Non
         gradient = dict(reference.named_parameters())[name].grad
         moved = before[name] - parameter
         assert torch.allclose(moved, gradient, rtol=1e-3, atol=2e-6), name  # type: ignore[arg-type]
+
+
+def test_a_shared_prompt_is_read_once_a_question(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, method="no_fusion", share_prompt=True, max_steps=1)
+    spy = Spy(trainer)
+    trainer.train()
+    (batch,) = spy.batches
+    read = sum(len(row) for ids in spy.trained for row in rows(ids))
+    assert [len(ids) for ids in spy.trained] == [2, int(batch.mask.sum())]
+    assert read == batch.tokens(batch.mask, share_prompt=True) < batch.tokens(batch.mask)
 
 
 def test_weights_of_the_methods(tmp_path: Path) -> None:
@@ -778,11 +790,12 @@ def test_a_student_that_is_not_finite_from_the_start(tmp_path: Path) -> None:
         ("eval_strategy", "steps", "eval_strategy: given 'steps', want 'no': held-out accuracy is measured"),
         ("label_smoothing_factor", 0.1, "label_smoothing_factor: given 0.1, want 0.0: the fused loss"),
         ("remove_unused_columns", True, "remove_unused_columns: given True, want False"),
+        ("gradient_checkpointing", True, "gradient_checkpointing: given True, want False with share_prompt"),
     ],
 )
 def test_settings_out_of_range(field: str, value: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
-        config(tmp_path, **{field: value})
+        config(tmp_path, **{"share_prompt": True, field: value})
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
