@@ -8,6 +8,7 @@ own: one that fails or is out of memory is a row, and the others go on.
 
     mind              MindTrainer, method "mind": the assistant selects; the others' losses are measured forward-only
     mind-no-fusion    MindTrainer, method "no_fusion": all 8 rationales are trained on, as everywhere below
+    …-shared-prompt   the same two with share_prompt: a question's prompt is read once, not 8 times
     transformers      transformers.Trainer
     transformers-liger  the same with Liger's model patches (use_liger_kernel)
     trl               TRL's SFTTrainer, gradient checkpointing off as elsewhere
@@ -41,7 +42,16 @@ STUDENTS = {
     "qwen2.5-1.5b-random": "of Qwen2.5-1.5B's shape, random weights and token ids",
     "tiny-random": "two layers, for dry runs and tests",
 }
-TRAINERS = ("mind", "mind-no-fusion", "transformers", "transformers-liger", "trl")
+SHARED = "-shared-prompt"
+TRAINERS = (
+    "mind",
+    f"mind{SHARED}",
+    "mind-no-fusion",
+    f"mind-no-fusion{SHARED}",
+    "transformers",
+    "transformers-liger",
+    "trl",
+)
 PACKAGES = {"transformers-liger": "liger-kernel", "trl": "trl"}
 WARMUP_STEPS = {"cpu": 1, "cuda": 3}
 STEPS = {"cpu": 2, "cuda": 15}  # measured
@@ -212,8 +222,12 @@ def train(trainer_name: str, student: str, device: str, questions: int, steps: i
             from mind.config import MindConfig
             from mind.trainer import MindTrainer
 
-            method = "mind" if trainer_name == "mind" else "no_fusion"
-            settings = MindConfig(method=method, per_device_train_batch_size=questions, **common)
+            settings = MindConfig(
+                method="no_fusion" if trainer_name.startswith("mind-no-fusion") else "mind",
+                share_prompt=trainer_name.endswith(SHARED),
+                per_device_train_batch_size=questions,
+                **common,
+            )
             trainer: Any = MindTrainer(model, settings, dataset, processing_class=tokenizer, callbacks=[Clock()])
         elif trainer_name.startswith("transformers"):
             settings = TrainingArguments(
