@@ -3,8 +3,8 @@
     python -m experiments.methods --folder DATA [--data svamp] [--seeds 0 1 2] [--methods mind no_fusion …]
     python -m experiments.methods --folder DATA --learning_rates 5e-5 1e-4 2e-4 --methods no_fusion --seeds 100
 
-A trained token is one that is read in a forward pass with a gradient: prompt, rationale and answer of what was
-selected. Training stops with the first optimiser step that reaches the budget. The schedule is constant after its
+A trained token is one that is read in a forward pass with a gradient: rationale and answer of what was selected, and the
+prompt once a question, as share_prompt reads it. Training stops with the first optimiser step that reaches the budget. The schedule is constant after its
 warm-up, since how many steps a budget lasts depends on what is selected. What a teaching assistant has the student read
 forward-only is counted beside. One file a run under results/methods/: a sweep that was stopped goes on where it was.
 """
@@ -64,7 +64,8 @@ class _Budget(TrainerCallback):
         base.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        tokens = int(kwargs["attention_mask"].sum())
+        width = kwargs["input_ids"].shape[1]  # the mask also covers a prompt that was read before
+        tokens = int(kwargs["attention_mask"][:, -width:].sum())
         if torch.is_grad_enabled():
             self.trained += tokens
         else:
@@ -94,6 +95,7 @@ def run(settings: Settings, splits: Splits, device: str) -> dict[str, Any]:
             warmup_steps=4,
             num_train_epochs=1000,
             shared_head=splits.exchangeable,
+            share_prompt=True,
             bf16=True,
             use_cpu=device == "cpu",
             save_strategy="no",
