@@ -3,10 +3,11 @@
     python -m experiments.methods --folder DATA [--data svamp] [--seeds 0 1 2] [--methods mind no_fusion …]
     python -m experiments.methods --folder DATA --learning_rates 5e-5 1e-4 2e-4 --methods no_fusion --seeds 100
 
-A trained token is one that is read in a forward pass with a gradient: rationale and answer of what was selected, and the
-prompt once a question, as share_prompt reads it. Training stops with the first optimiser step that reaches the budget. The schedule is constant after its
-warm-up, since how many steps a budget lasts depends on what is selected. What a teaching assistant has the student read
-forward-only is counted beside. One file a run under results/methods/: a sweep that was stopped goes on where it was.
+A trained token is one that is read in a forward pass with a gradient: rationale and answer of what was selected, and
+the prompt once a question, as share_prompt reads it. Training stops with the first optimiser step that reaches the
+budget. The schedule is constant after its warm-up, since how many steps a budget lasts depends on what is selected.
+What a teaching assistant has the student read forward-only is counted beside. One file a run under results/methods/: a
+sweep that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -59,9 +60,8 @@ class _Budget(TrainerCallback):
         self.token_budget = token_budget
         self.trained = self.forward_only = 0
 
-    def watch(self, model: nn.Module) -> None:
-        base = model.get_decoder()  # type: ignore[operator]
-        base.register_forward_pre_hook(self._count, with_kwargs=True)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["model"].get_decoder().register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         width = kwargs["input_ids"].shape[1]  # the mask also covers a prompt that was read before
@@ -110,12 +110,11 @@ def run(settings: Settings, splits: Splits, device: str) -> dict[str, Any]:
             features = None if encoder is None else encoder.encode(records, perspectives)
             return MindDataset(records, tokenizer, features=features, perspectives=perspectives)
 
-        trainer = MindTrainer(student, config, encode(splits.train), processing_class=tokenizer)
+        budget = _Budget(settings.token_budget)
+        dataset = encode(splits.train)
+        trainer = MindTrainer(student, config, dataset, processing_class=tokenizer, callbacks=[budget])
         trainer.remove_callback(PrinterCallback)
         if not untrained:
-            budget = _Budget(settings.token_budget)
-            budget.watch(student)
-            trainer.add_callback(budget)
             trainer.train()
             history = [entry for entry in trainer.state.log_history if "cross_entropy" in entry]
             outcome |= {
