@@ -39,6 +39,8 @@ MEAN_ROWS = 2048  # of W
 # multiprocessor. Scattered stores need registers: half the rows there.
 SUM_BLOCK = {"BLOCK_N": 16, "BLOCK_V": 256}
 COMPACT_BLOCK = {"BLOCK_N": 8, "BLOCK_V": 256}
+# Three programs of 4 warps to the registers of a multiprocessor; not told so, the compiler tries for more and spills.
+COMPACT_REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
 MEAN_BLOCK = {"BLOCK_V": 32, "BLOCK_H": 128}
 
 # Products. 128×128 results of 16-bit numbers, 64 at a time: 64 registers of sums a thread in 8 warps, and operands of
@@ -362,6 +364,7 @@ def choose_triton_columns(
         COLUMNS=COMPACT_COLUMNS,
         HAS_CORRECTION=pruning.correction,
         **COMPACT_BLOCK,
+        **COMPACT_REGISTERS,
     )  # fmt: skip
     if not pruning.correction:
         return TritonColumns(G, kept_G, kept, num_kept, None, None)
