@@ -118,8 +118,9 @@ def columns_to_drop(
     order_by = square.index_fill(0, targets.clamp(0, V - 1), torch.inf)
     order = order_by.argsort()
     # In units of 2⁻⁶⁰ ‖G‖², rounded up: a scan of integers is exact in whatever order a device makes it.
-    total = square.double().sum()
-    dropped_square = (square[order].double() * (UNITS / total)).ceil().long().cumsum(0)  # ‖D‖² of the first so many
+    ascending = square[order].double()
+    total = ascending.sum()
+    dropped_square = (ascending * (UNITS / total)).ceil().long().cumsum(0)  # ‖D‖² of the first so many, at most
     share = SAFETY * pruning.tolerance**2
     free = V - torch.isinf(order_by).sum()  # inf is also what a column beyond all measure holds
     found = (dropped_square <= int(share * UNITS)).sum().clamp(max=free)
@@ -127,8 +128,8 @@ def columns_to_drop(
     num_dropped = torch.where(is_sure & (V - found <= BREAK_EVEN * V), found, 0)
     records = _records.get()
     if records is not None:
-        last = dropped_square.gather(0, (num_dropped - 1).clamp(min=0).view(1)).view(())  # [...] would wait
-        certificate = torch.where(num_dropped > 0, (last.double() / UNITS).sqrt(), 0.0)
+        is_dropped = torch.arange(V, device=square.device) < num_dropped
+        certificate = torch.where(num_dropped > 0, (ascending.where(is_dropped, 0.0).sum() / total).sqrt(), 0.0)
         records.append(PrunedChunk(len(targets), torch.stack([1 - num_dropped.double() / V, certificate])))
     return Dropped(order, num_dropped)
 
