@@ -4,7 +4,7 @@
 
 The launchers run on small CPU tensors with real vocabularies while their kernels only record how they are called, so
 that what is compiled is what is shipped. One line a kernel and target: registers, spilled bytes, shared memory, machine
-instructions. Exit status 1 when a kernel spills.
+instructions. Exit status 1 when a kernel spills, or wants more shared memory than there is.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from mind_kernels import triton_columns
 from mind_kernels.consistency import triton_path as consistency
 from mind_kernels.consistency.triton_path import pairwise_jsd
 from mind_kernels.cross_entropy import triton_path as cross_entropy
@@ -37,7 +38,9 @@ from mind_kernels.linear_kl import triton_path as linear_kl
 from mind_kernels.linear_kl.triton_path import dense_kl_, topk_kl_
 from mind_kernels.log_softmax import triton_path as log_softmax
 from mind_kernels.log_softmax.triton_path import triton_log_softmax
+from mind_kernels.pruning import GradientPruning
 from mind_kernels.teacher_rows import KLOptions
+from mind_kernels.triton_columns import choose_triton_columns
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -46,7 +49,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-MODULES = (cross_entropy, linear_kl, consistency, log_softmax)
+SHARED_KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # that a program may have
+MODULES = (cross_entropy, linear_kl, consistency, log_softmax, triton_columns)
 POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -55,6 +59,8 @@ POINTERS = {
     torch.int32: "*i32",
 }
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
+NVIDIA_ONLY = ("num_stages", "maxnreg")  # as the launchers have it
+HIDDEN_SIZE = 1536
 
 
 class Launch(NamedTuple):
@@ -162,13 +168,22 @@ def shipped(V: int, dtype: torch.dtype, quick: bool) -> list[Launch]:
     with recording("K=8", launches):
         triton_log_softmax(logits, 1.0, None).sum().backward()
         triton_log_softmax(logits, 1.0, torch.zeros(1, 8, 1, dtype=torch.int64)).sum().backward()
+    W, X = torch.zeros(1, HIDDEN_SIZE, dtype=dtype).expand(V, -1), torch.zeros(2, HIDDEN_SIZE, dtype=dtype)
+    total = torch.zeros(1, HIDDEN_SIZE).expand(V, -1)
+    for name, correction in [("corrected", True)] if quick else [("corrected", True), ("not corrected", False)]:
+        with recording(name, launches):
+            columns = choose_triton_columns(z, rows, GradientPruning(2**-9, correction))
+            columns.grad_hidden_states(W)
+            columns.add_grad_weight_(total, X)
     return launches
 
 
 def compile_for(launch: Launch, target: GPUTarget) -> Any:
     attributes = {(position,): [["tt.divisibility", 16]] for position in launch.divisible}
     source = ASTSource(launch.kernel, launch.signature, launch.constants, attributes)
-    options = {name: value for name, value in launch.options.items() if name != "maxnreg" or target.backend == "cuda"}
+    options = {
+        name: value for name, value in launch.options.items() if target.backend == "cuda" or name not in NVIDIA_ONLY
+    }
     return triton.compile(source, target=target, options=options)
 
 
@@ -216,9 +231,8 @@ def amd_resources(assembly: str) -> Resources:
 
 def measure(launch: Launch, target: GPUTarget) -> Resources:
     compiled = compile_for(launch, target)
-    if target.backend == "hip":
-        return amd_resources(compiled.asm["amdgcn"])
-    found = nvidia_resources(compiled.asm["cubin"])
+    is_amd = target.backend == "hip"
+    found = amd_resources(compiled.asm["amdgcn"]) if is_amd else nvidia_resources(compiled.asm["cubin"])
     found.shared_bytes = max(found.shared_bytes, compiled.metadata.shared)
     return found
 
@@ -237,20 +251,21 @@ def main(arguments: list[str] | None = None) -> int:
         table.add_column(column)
     for column in ("registers", "spilled bytes", "shared bytes", "instructions"):
         table.add_column(column, justify="right")
-    spilling = 0
+    spilling = too_large = 0
     for V, dtype in cases:
         for launch in shipped(V, dtype, args.quick):
             for name in args.targets:
                 found = measure(launch, TARGETS[name])
                 spilling += found.spilled_bytes > 0
+                too_large += found.shared_bytes > 1024 * SHARED_KIB[name]
                 table.add_row(
                     launch.kernel.fn.__name__, launch.label, str(V), str(dtype).removeprefix("torch."), name,
                     str(launch.options.get("num_warps", 4)), str(found.registers), str(found.spilled_bytes),
                     str(found.shared_bytes), str(found.instructions),
                 )  # fmt: skip
     Console(width=160).print(table)
-    print(f"{table.row_count} compiled, {spilling} with spills")
-    return 1 if spilling else 0
+    print(f"{table.row_count} compiled, {spilling} with spills, {too_large} with too much shared memory")
+    return 1 if spilling or too_large else 0
 
 
 if __name__ == "__main__":

@@ -105,7 +105,10 @@ def measure(name: str, states: States, dtype: torch.dtype, say: Callable[[str], 
         errors = [relative_error(one, wanted) for one, wanted in zip(given, exact, strict=True)]
         rows[variant] = {
             "errors": dict(zip(("grad_hidden_states", "grad_lm_head_weight"), errors, strict=True)),
-            "chunks": [chunk._asdict() for chunk in chunks],
+            "chunks": [
+                {"rows": chunk.rows, "kept_share": chunk.kept_share, "certificate": chunk.certificate}
+                for chunk in chunks
+            ],
         }
         del given
     timed: dict[str, Callable[[], object]] = {

@@ -61,10 +61,12 @@ def summarise(
     totals["supervised_tokens_per_second"] = (tokens, seconds)
     chunks = [chunk for item in feedback for chunk in item.pruned]
     if chunks:
-        rows = sum(chunk.rows for chunk in chunks)
-        totals["kept_share"] = (sum(chunk.rows * chunk.kept_share for chunk in chunks), rows)
-        totals["certificate"] = (sum(chunk.rows * chunk.certificate for chunk in chunks), rows)
-        totals["dense_share"] = (sum(chunk.rows for chunk in chunks if chunk.kept_share == 1), rows)
+        rows = torch.tensor([chunk.rows for chunk in chunks], dtype=torch.float64)
+        kept_share, certificate = torch.stack([chunk.shares for chunk in chunks]).cpu().unbind(-1)
+        num_rows = rows.sum().item()
+        totals["kept_share"] = (rows.dot(kept_share).item(), num_rows)
+        totals["certificate"] = (rows.dot(certificate).item(), num_rows)
+        totals["dense_share"] = (rows[kept_share == 1].sum().item(), num_rows)
     for k, name in enumerate(perspectives):
         totals[f"perspective_selected/{name}"] = ((weights[:, k] > 0).sum().item(), mask[:, k].sum().item())
         totals[f"perspective_loss/{name}"] = (losses[measured[:, k], k].sum().item(), measured[:, k].sum().item())

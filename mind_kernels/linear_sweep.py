@@ -11,10 +11,11 @@ a chunk (S supervised rows in all; V vocabulary; H hidden size):
 Since the loss is linear in the coefficients and they are known beforehand, gradients are made while the logits are at
 hand: each row's logits are computed once. Three products of 2·S·H·V FLOP each (two when the head is frozen), plus one
 for a TeacherHidden; peak extra memory: the gradients + max_logits_bytes (+ 4·V·H bytes of fp32 accumulator when a
-16-bit weight gradient takes more than one chunk).
+16-bit weight gradient takes more than one chunk). With gradient_tolerance, dX and dW are of the columns of G that
+matter: see pruning.py.
 
 The host waits for the device only to learn how many rows there are, and not at all when it is told (supervised_index,
-and answer_index on the host).
+and answer_index on the host). With gradient_tolerance and backend "torch" it also waits once a chunk.
 """
 
 from __future__ import annotations
@@ -28,8 +29,7 @@ from torch import Tensor
 from mind_kernels.arguments import product_dtype, without_autocast
 from mind_kernels.chunking import Chunk, plan_chunks
 from mind_kernels.plan import RowLosses, SweepOptions, make_plan
-from mind_kernels.pruning import Columns, choose_columns
-from mind_kernels.pruning import grad_hidden_states as pruned_grad_hidden_states
+from mind_kernels.pruning import ChunkColumns, GradientPruning, choose_columns, most_kept
 from mind_kernels.reduction import statistics_dtype
 from mind_kernels.teacher_rows import TILE, TeacherRows, has_wide_products, project
 from mind_kernels.teachers import TeacherHidden
@@ -75,16 +75,15 @@ class _WeightGradient:
                 total.copy_(partial) if self.empty else total.add_(partial)
         self.empty = False
 
-    def add_columns(self, columns: Columns, X: Tensor) -> None:
-        """The same for a pruned G: kept rows by index, each once, and what stands for the others."""
+    def add_columns(self, columns: ChunkColumns, X: Tensor) -> None:
+        """The same for a pruned G: kept rows by index, and what stands for the others."""
         if self.empty:
             self.total.zero_()
         self.empty = False
-        dtype = self.total.dtype
-        partial = torch.empty(len(columns.kept), X.shape[1], dtype=dtype, device=X.device)
-        self.total.index_add_(0, columns.kept, project(columns.G.t(), X.t(), None, partial))  # (k, m) @ (m, H)
+        columns.add_grad_weight_(self.total, X)
         if columns.row_factor is not None and columns.column_mass is not None:
-            self.rank_one.append((columns.column_mass, torch.mv(X.to(dtype).t(), columns.row_factor)))
+            rows = X.to(self.total.dtype).t()  # (H, m)
+            self.rank_one.append((columns.column_mass, torch.mv(rows, columns.row_factor)))
 
     def finish(self, dtype: torch.dtype) -> Tensor:
         if self.empty:
@@ -122,6 +121,8 @@ def sweep(
     if teacher_head is not None:
         teacher_dtype = torch.promote_types(teacher_head.dtype, logits_dtype) if is_wide else teacher_head.dtype
         bytes_per_row += teacher_head.shape[0] * teacher_dtype.itemsize
+    if options.pruning is not None and options.backend == "triton" and need_gradient:
+        bytes_per_row += most_kept(V) * compute_dtype.itemsize  # the buffer for G's kept columns
     chunks = plan_chunks(rows, bytes_per_row, options.max_logits_bytes)
     chunk_rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     X_all = hidden_states.detach()
@@ -141,12 +142,14 @@ def sweep(
         weight_gradient = _WeightGradient(V, H, compute_dtype, device, single_chunk)
 
     losses_and_gradient_: Callable[[Tensor, Tensor, Chunk, TeacherRows | None], None]
+    choose: Callable[[Tensor, Tensor, GradientPruning], ChunkColumns | None]
     if options.backend == "triton":
+        from mind_kernels.triton_columns import choose_triton_columns
         from mind_kernels.triton_rows import TritonRows
 
-        losses_and_gradient_ = TritonRows(plan, options, row_losses)
+        losses_and_gradient_, choose = TritonRows(plan, options, row_losses), choose_triton_columns
     else:
-        losses_and_gradient_ = TorchRows(plan, options, V, logits_dtype, row_losses)
+        losses_and_gradient_, choose = TorchRows(plan, options, V, logits_dtype, row_losses), choose_columns
 
     def run_chunks() -> None:
         logits = torch.empty(chunk_rows, V, dtype=logits_dtype, device=device)
@@ -167,9 +170,9 @@ def sweep(
                 continue
             columns = None
             if options.pruning is not None:
-                columns = choose_columns(G, plan.terms.labels[chunk.start : chunk.stop], options.pruning)
+                columns = choose(G, plan.terms.labels[chunk.start : chunk.stop], options.pruning)
             if grad_hidden_states is not None:
-                dX = torch.mm(G, W) if columns is None else pruned_grad_hidden_states(columns, W)
+                dX = torch.mm(G, W) if columns is None else columns.grad_hidden_states(W)
                 grad_hidden_states[index] = dX.to(X_all.dtype)  # (m, V) @ (V, H) -> (m, H)
             if weight_gradient is not None:
                 if columns is not None and prunes_weight:

@@ -12,6 +12,9 @@ were. It costs 4·m·V FLOP and puts a gradient in every row of dW, without whic
 rare tokens at all.
 
 Where the kept share exceeds BREAK_EVEN, or numbers are too small or too large to be sure of, the chunk is dense.
+
+The choice is made on the device and waits for nothing. This file goes on in PyTorch, whose products need to know on the
+host how many columns are kept: on a GPU that waits once a chunk. triton_columns.py goes on without.
 """
 
 from __future__ import annotations
@@ -20,13 +23,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from mind_kernels.teacher_rows import project
+
 BREAK_EVEN = 0.5  # kept share from which gathering costs more than it saves
 SAFETY = 1 - 2**-10  # the column sums are fp32: far more than their rounding
+UNITS = 2**60  # of which ‖G‖² is made
 SMALLEST = 1e-25  # below this share of ‖G‖², squares that underflow could add up to something
 TILE_ROWS, TILE_COLUMNS = 64, 8192  # of squares that stay in a core's cache
 
@@ -51,12 +57,22 @@ class GradientPruning:
             raise ValueError(f"gradient_tolerance: given {self.tolerance}, wanted a number in [0, 1)")
 
 
-class PrunedChunk(NamedTuple):
-    """What became of one chunk with a gradient."""
+@dataclass(frozen=True, eq=False)
+class PrunedChunk:
+    """What became of one chunk with a gradient. Recording it waits for nothing, looking at a share for the device."""
 
     rows: int
-    kept_share: float  # of the V columns; 1 in a dense chunk
-    certificate: float  # ‖D‖_F / ‖G‖_F; 0 in a dense chunk
+    shares: Tensor  # (2,) fp64: kept_share, certificate
+
+    @property
+    def kept_share(self) -> float:
+        """Of the V columns; 1 in a dense chunk."""
+        return self.shares[0].item()
+
+    @property
+    def certificate(self) -> float:
+        """‖D‖_F / ‖G‖_F; 0 in a dense chunk."""
+        return self.shares[1].item()
 
 
 _records: ContextVar[list[PrunedChunk] | None] = ContextVar("records", default=None)
@@ -85,13 +101,78 @@ def resolve_pruning(gradient_tolerance: float | GradientPruning) -> GradientPrun
     return gradient_tolerance if gradient_tolerance.tolerance > 0 else None
 
 
+class Dropped(NamedTuple):
+    """Which columns of a chunk are dropped, on the chunk's device."""
+
+    order: Tensor  # (V,) int64: columns by Σ_n G², the smallest first, the targets last
+    num_dropped: Tensor  # () int64: so many of them, the first; 0 where the chunk is dense
+
+
+def columns_to_drop(
+    square: Tensor,  # (V,) Σ_n G²
+    targets: Tensor,  # (m,) int64, columns that are kept whatever they hold
+    pruning: GradientPruning,
+) -> Dropped:
+    """As many columns as the certificate allows, or none. Waits for nothing."""
+    V = len(square)
+    order_by = square.index_fill(0, targets.clamp(0, V - 1), torch.inf)
+    order = order_by.argsort()
+    # In units of 2⁻⁶⁰ ‖G‖², rounded up: a scan of integers is exact in whatever order a device makes it.
+    ascending = square[order].double()
+    total = ascending.sum()
+    dropped_square = (ascending * (UNITS / total)).ceil().long().cumsum(0)  # ‖D‖² of the first so many, at most
+    share = SAFETY * pruning.tolerance**2
+    free = V - torch.isinf(order_by).sum()  # inf is also what a column beyond all measure holds
+    found = (dropped_square <= int(share * UNITS)).sum().clamp(max=free)
+    is_sure = (share * total > SMALLEST) & (share * total < torch.inf)  # False for NaN
+    num_dropped = torch.where(is_sure & (V - found <= BREAK_EVEN * V), found, 0)
+    records = _records.get()
+    if records is not None:
+        is_dropped = torch.arange(V, device=square.device) < num_dropped
+        certificate = torch.where(num_dropped > 0, (ascending.where(is_dropped, 0.0).sum() / total).sqrt(), 0.0)
+        records.append(PrunedChunk(len(targets), torch.stack([1 - num_dropped.double() / V, certificate])))
+    return Dropped(order, num_dropped)
+
+
+def most_kept(V: int) -> int:
+    """Columns that a buffer for the kept ones has: a multiple of 16, for aligned rows."""
+    return -(-max(int(BREAK_EVEN * V), 1) // 16) * 16
+
+
+class ChunkColumns(Protocol):
+    """The kept columns K of one chunk and the correction of the others, for the products of the backward pass."""
+
+    @property
+    def row_factor(self) -> Tensor | None: ...  # (m,) λr, fp32; None: no correction
+
+    @property
+    def column_mass(self) -> Tensor | None: ...  # (V,) q, 0 where kept, fp32
+
+    def grad_hidden_states(self, W: Tensor) -> Tensor:  # (V, H) -> (m, H)
+        """G_K W_K + λ r (Wᵀq)ᵀ."""
+
+    def add_grad_weight_(self, total: Tensor, X: Tensor) -> None:  # (V, H) += (V, m) @ (m, H)
+        """total_K += G_Kᵀ X, each kept row once."""
+
+
 class Columns(NamedTuple):
-    """The kept columns of one chunk, and what stands for the others."""
+    """ChunkColumns in PyTorch, where the host knows how many are kept."""
 
     kept: Tensor  # (k,) int64, ascending
     G: Tensor  # (m, k)
-    row_factor: Tensor | None  # (m,) λr, fp32
-    column_mass: Tensor | None  # (V,) q, 0 where kept, fp32
+    row_factor: Tensor | None
+    column_mass: Tensor | None
+
+    def grad_hidden_states(self, W: Tensor) -> Tensor:
+        dX = torch.mm(self.G, W.index_select(0, self.kept))  # (m, k) @ (k, H) -> (m, H)
+        if self.row_factor is None or self.column_mass is None:
+            return dX
+        mean = _times(W.t(), self.column_mass)  # (H, V) @ (V,)
+        return dX.to(mean.dtype).addr_(self.row_factor, mean)
+
+    def add_grad_weight_(self, total: Tensor, X: Tensor) -> None:
+        partial = torch.empty(len(self.kept), X.shape[1], dtype=total.dtype, device=X.device)
+        total.index_add_(0, self.kept, project(self.G.t(), X.t(), None, partial))  # (k, m) @ (m, H)
 
 
 def choose_columns(
@@ -103,48 +184,27 @@ def choose_columns(
 
     Waits for the device to learn how many they are.
     """
-    m, V = G.shape
     square, mass = _column_sums(G)
-    order_by = square.clone()
-    order_by[targets.clamp(0, V - 1)] = torch.inf
-    order = order_by.argsort()
-    dropped_square = square[order].double().cumsum(0)  # (V,) ‖D‖² when the first so many are dropped
-    total = dropped_square[-1]
-    budget = SAFETY * pruning.tolerance**2 * total
-    free = V - torch.isinf(order_by).sum()  # inf is also what a column beyond all measure holds
-    found = torch.searchsorted(dropped_square, budget, right=True).clamp(max=free)
-    num_dropped, size = torch.stack([found.double(), budget]).tolist()
-    num_dropped = int(num_dropped)
-    sure = SMALLEST < size < torch.inf  # False for NaN
-    if not sure or V - num_dropped > BREAK_EVEN * V:
-        _record(m, 1.0, 0.0)
+    order, on_device = columns_to_drop(square, targets, pruning)
+    num_dropped = int(on_device)
+    if num_dropped == 0:
         return None
-    certificate = float((dropped_square[num_dropped - 1] / total).sqrt()) if num_dropped else 0.0
-    _record(m, 1 - num_dropped / V, certificate)
     kept = order[num_dropped:].sort().values
     row_factor = column_mass = None
     if pruning.correction:
         column_mass = mass.index_fill_(0, kept, 0.0)
         is_dropped = torch.ones_like(mass).index_fill_(0, kept, 0.0)
-        r, Dq = _times(G, is_dropped), _times(G, column_mass)
-        norms = r.double().square().sum() * column_mass.double().square().sum()  # fp32 would overflow
-        row_factor = r * torch.where(norms > 0, r.double().dot(Dq.double()) / norms, 0.0).to(r.dtype)
+        row_factor = correction_factor(_times(G, is_dropped), _times(G, column_mass), column_mass)
     return Columns(kept, G.index_select(1, kept), row_factor, column_mass)
 
 
-def grad_hidden_states(columns: Columns, W: Tensor) -> Tensor:  # (m, k) @ (k, H) -> (m, H)
-    """G_K W_K + λ r (Wᵀq)ᵀ in fp32 (fp64 for fp64)."""
-    dX = torch.mm(columns.G, W.index_select(0, columns.kept))
-    if columns.row_factor is None or columns.column_mass is None:
-        return dX
-    mean = _times(W.t(), columns.column_mass)  # (H, V) @ (V,)
-    return dX.to(mean.dtype).addr_(columns.row_factor, mean)
-
-
-def _record(rows: int, kept_share: float, certificate: float) -> None:
-    records = _records.get()
-    if records is not None:
-        records.append(PrunedChunk(rows, kept_share, certificate))
+def correction_factor(
+    r: Tensor,  # (m,) D 1
+    Dq: Tensor,  # (m,)
+    q: Tensor,  # (V,) Dᵀ 1
+) -> Tensor:  # (m,) λr, λ = rᵀDq / (‖r‖²‖q‖²)
+    norms = r.double().square().sum() * q.double().square().sum()  # fp32 would overflow
+    return r * torch.where(norms > 0, r.double().dot(Dq.double()) / norms, 0.0).to(r.dtype)
 
 
 def _column_sums(G: Tensor) -> tuple[Tensor, Tensor]:

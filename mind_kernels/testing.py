@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,3 +159,27 @@ def peak_extra_bytes(function: Callable[[], object]) -> int:
     peak = status("VmHWM:")
     del result
     return peak - before
+
+
+def repair_interpreter() -> None:
+    """Two repairs of Triton's interpreter: loop bounds read from memory (with NumPy 2.4) and products of bf16.
+
+    It takes a scalar's array of one element for a number, which NumPy no longer does, and multiplies the bits of bf16
+    as integers. Source: github.com/triton-lang/triton/issues/9171.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch_tensor, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+
+    def patched(tensor: Any, *scope: Any) -> None:
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    def widened(operand: Any) -> Any:
+        if operand.dtype != tl.bfloat16:
+            return operand
+        return interpreter.TensorHandle((operand.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    interpreter._patch_lang_tensor = patched
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *more: dot(self, widened(a), widened(b), *more)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import torch
@@ -11,3 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Without a GPU, Triton kernels run in its interpreter; that is decided when triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton") is not None:
+        from mind_kernels.testing import repair_interpreter
+
+        repair_interpreter()
