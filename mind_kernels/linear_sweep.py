@@ -54,40 +54,40 @@ class _WeightGradient:
     """
 
     def __init__(self, V: int, H: int, compute_dtype: torch.dtype, device: torch.device, single_chunk: bool):
+        self.shape, self.compute_dtype, self.device, self.single_chunk = (V, H), compute_dtype, device, single_chunk
+        self.total: Tensor | None = None  # (V, H) once there is something to add
         self.rank_one: list[tuple[Tensor, Tensor]] = []  # (V,), (H,) of each pruned chunk
-        direct = single_chunk or compute_dtype in (torch.float32, torch.float64)
-        self.total = torch.empty(V, H, dtype=compute_dtype if direct else torch.float32, device=device)
-        self.is_wide = not direct and has_wide_products(device)
-        in_tiles = not direct and not self.is_wide
-        self.tile = torch.empty(min(TILE, V), H, dtype=compute_dtype, device=device) if in_tiles else None
-        self.empty = True
 
     def add(self, G: Tensor, X: Tensor) -> None:  # (V, m) @ (m, H) -> (V, H)
-        beta = 0.0 if self.empty else 1.0
-        if self.is_wide:
-            torch.addmm(self.total, G.t(), X, out_dtype=torch.float32, beta=beta, out=self.total)
-        elif self.tile is None:
+        is_first = self.total is None
+        is_direct = self.single_chunk or self.compute_dtype in (torch.float32, torch.float64)
+        if self.total is None:
+            dtype = self.compute_dtype if is_direct else torch.float32
+            self.total = torch.empty(self.shape, dtype=dtype, device=self.device)
+        beta = 0.0 if is_first else 1.0
+        if is_direct:
             torch.addmm(self.total, G.t(), X, beta=beta, out=self.total)
+        elif has_wide_products(self.device):
+            torch.addmm(self.total, G.t(), X, out_dtype=torch.float32, beta=beta, out=self.total)
         else:
+            tile = torch.empty(min(TILE, self.shape[0]), self.shape[1], dtype=self.compute_dtype, device=self.device)
             for v in range(0, len(self.total), TILE):
                 total = self.total[v : v + TILE]
-                partial = torch.mm(G[:, v : v + TILE].t(), X, out=self.tile[: len(total)])
-                total.copy_(partial) if self.empty else total.add_(partial)
-        self.empty = False
+                partial = torch.mm(G[:, v : v + TILE].t(), X, out=tile[: len(total)])
+                total.copy_(partial) if is_first else total.add_(partial)
 
     def add_columns(self, columns: ChunkColumns, X: Tensor) -> None:
-        """The same for a pruned G: kept rows by index, and what stands for the others."""
-        if self.empty:
-            self.total.zero_()
-        self.empty = False
+        """The same for a pruned G, in at least fp32: kept rows by index, and what stands for the others."""
+        dtype = statistics_dtype(self.compute_dtype)
+        if self.total is None:
+            self.total = torch.zeros(self.shape, dtype=dtype, device=self.device)
         columns.add_grad_weight_(self.total, X)
         if columns.row_factor is not None and columns.column_mass is not None:
-            rows = X.to(self.total.dtype).t()  # (H, m)
-            self.rank_one.append((columns.column_mass, torch.mv(rows, columns.row_factor)))
+            self.rank_one.append((columns.column_mass, torch.mv(X.to(dtype).t(), columns.row_factor)))
 
     def finish(self, dtype: torch.dtype) -> Tensor:
-        if self.empty:
-            self.total.zero_()
+        if self.total is None:
+            return torch.zeros(self.shape, dtype=dtype, device=self.device)
         if self.rank_one:  # one pass over dW for all chunks: (V, chunks) @ (chunks, H)
             left, right = (torch.stack(vectors) for vectors in zip(*self.rank_one, strict=True))
             self.total.addmm_(left.t(), right)
@@ -138,7 +138,7 @@ def sweep(
     weight_gradient = None
     prunes_weight = options.pruning is not None and options.pruning.prune_weight_gradient
     if need_grad_weight:
-        single_chunk = sum(chunk.needs_gradient for chunk in chunks) <= 1 and not prunes_weight
+        single_chunk = sum(chunk.needs_gradient for chunk in chunks) <= 1
         weight_gradient = _WeightGradient(V, H, compute_dtype, device, single_chunk)
 
     losses_and_gradient_: Callable[[Tensor, Tensor, Chunk, TeacherRows | None], None]

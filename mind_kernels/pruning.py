@@ -33,6 +33,7 @@ from mind_kernels.teacher_rows import project
 BREAK_EVEN = 0.5  # kept share from which gathering costs more than it saves
 SAFETY = 1 - 2**-10  # the column sums are fp32: far more than their rounding
 UNITS = 2**60  # of which ‖G‖² is made
+SAMPLE_ROWS = 64  # of a chunk that are asked whether it may be dense
 SMALLEST = 1e-25  # below this share of ‖G‖², squares that underflow could add up to something
 TILE_ROWS, TILE_COLUMNS = 64, 8192  # of squares that stay in a core's cache
 
@@ -106,6 +107,13 @@ class Dropped(NamedTuple):
 
     order: Tensor  # (V,) int64: columns by Σ_n G², the smallest first, the targets last
     num_dropped: Tensor  # () int64: so many of them, the first; 0 where the chunk is dense
+    certificate: Tensor  # () fp64, ‖D‖_F / ‖G‖_F; 0 where the chunk is dense
+
+    def record(self, rows: int) -> None:
+        records = _records.get()
+        if records is not None:
+            kept_share = 1 - self.num_dropped.double() / len(self.order)
+            records.append(PrunedChunk(rows, torch.stack([kept_share, self.certificate])))
 
 
 def columns_to_drop(
@@ -126,12 +134,9 @@ def columns_to_drop(
     found = (dropped_square <= int(share * UNITS)).sum().clamp(max=free)
     is_sure = (share * total > SMALLEST) & (share * total < torch.inf)  # False for NaN
     num_dropped = torch.where(is_sure & (V - found <= BREAK_EVEN * V), found, 0)
-    records = _records.get()
-    if records is not None:
-        is_dropped = torch.arange(V, device=square.device) < num_dropped
-        certificate = torch.where(num_dropped > 0, (ascending.where(is_dropped, 0.0).sum() / total).sqrt(), 0.0)
-        records.append(PrunedChunk(len(targets), torch.stack([1 - num_dropped.double() / V, certificate])))
-    return Dropped(order, num_dropped)
+    is_dropped = torch.arange(V, device=square.device) < num_dropped
+    certificate = torch.where(num_dropped > 0, (ascending.where(is_dropped, 0.0).sum() / total).sqrt(), 0.0)
+    return Dropped(order, num_dropped, certificate)
 
 
 def most_kept(V: int) -> int:
@@ -182,14 +187,23 @@ def choose_columns(
 ) -> Columns | None:
     """The fewest columns that meet the certificate; None where the chunk is better dense.
 
-    Waits for the device to learn how many they are.
+    Waits for the device to learn how many they are. Of many rows some are asked first: where these alone need more than
+    BREAK_EVEN of the columns, all will, and a student that is sure of nothing pays for no more than the question.
     """
+    m = len(G)
+    if m >= 8 * SAMPLE_ROWS:
+        some = slice(0, m // SAMPLE_ROWS * SAMPLE_ROWS, m // SAMPLE_ROWS)
+        dropped = columns_to_drop(_column_sums(G[some])[0], targets[some], pruning)
+        if int(dropped.num_dropped) == 0:
+            dropped.record(m)
+            return None
     square, mass = _column_sums(G)
-    order, on_device = columns_to_drop(square, targets, pruning)
-    num_dropped = int(on_device)
+    dropped = columns_to_drop(square, targets, pruning)
+    dropped.record(m)
+    num_dropped = int(dropped.num_dropped)
     if num_dropped == 0:
         return None
-    kept = order[num_dropped:].sort().values
+    kept = dropped.order[num_dropped:].sort().values
     row_factor = column_mass = None
     if pruning.correction:
         column_mass = mass.index_fill_(0, kept, 0.0)

@@ -340,7 +340,9 @@ def choose_triton_columns(
     m, V = G.shape
     assert G.stride(1) == 1
     square, mass = column_sums(G)
-    order, num_dropped = columns_to_drop(square, targets, pruning)
+    dropped = columns_to_drop(square, targets, pruning)
+    dropped.record(m)
+    order, num_dropped = dropped.order, dropped.num_dropped
     num_kept = V - num_dropped
     columns = torch.arange(V, device=G.device)
     is_kept = torch.empty(V, dtype=torch.bool, device=G.device).scatter_(0, order, columns >= num_dropped)

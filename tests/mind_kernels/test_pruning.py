@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mind_kernels.linear_sweep as linear_sweep
+import mind_kernels.pruning as pruning
 from mind_kernels import (
     GradientPruning,
     TeacherLogits,
@@ -146,8 +147,9 @@ def test_tolerance_0_is_the_dense_path_bit_for_bit(monkeypatch: pytest.MonkeyPat
                 assert torch.equal(given, wanted)
 
 
-def test_an_unsure_student_stays_dense_and_exact() -> None:
-    case = random_case(2, 3, 8, 16, 300, 2).to(torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_unsure_student_stays_dense_and_exact(dtype: torch.dtype) -> None:
+    case = random_case(2, 3, 8, 16, 300, 2).to(dtype)
     arguments = (case.hidden_states, case.lm_head_weight, case.shift_labels)
     wanted = torch.autograd.grad(fused_linear_cross_entropy(*arguments)[0], arguments[:2])
     with record_pruning() as records:
@@ -156,6 +158,29 @@ def test_an_unsure_student_stays_dense_and_exact() -> None:
     assert [record.kept_share for record in records] == [1.0]
     for one, other in zip(given, wanted, strict=True):
         assert torch.equal(one, other)
+
+
+def test_of_an_unsure_student_only_some_rows_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    m, V = 8 * pruning.SAMPLE_ROWS + 5, 300
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(V, (m,), generator=generator)
+    uniform = torch.randn(m, V, generator=generator)
+    peaked = uniform * torch.logspace(0, -8, V)
+    asked: list[int] = []
+    column_sums = pruning._column_sums
+
+    def count(G: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(len(G))
+        return column_sums(G)
+
+    monkeypatch.setattr(pruning, "_column_sums", count)
+    with record_pruning() as records:
+        assert choose_columns(uniform, targets, GradientPruning(2**-9)) is None
+        assert asked == [pruning.SAMPLE_ROWS]
+        columns = choose_columns(peaked, targets % 10, GradientPruning(2**-9))
+    assert columns is not None and asked[1:] == [pruning.SAMPLE_ROWS, m]
+    assert [record.rows for record in records] == [m, m]
+    assert [record.kept_share for record in records] == pytest.approx([1.0, len(columns.kept) / V])
 
 
 def test_what_the_correction_and_the_switch_do() -> None:
