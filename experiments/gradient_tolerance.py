@@ -145,8 +145,8 @@ class Trainee:
         return total / count
 
     def rare_drift(self) -> Tensor:
-        """(rare tokens, H): how far their embeddings have moved."""
-        return self.embedding.detach()[self.rare] - self.rare_before
+        """(rare tokens, H) fp64: how far their embeddings have moved."""
+        return self.embedding.detach()[self.rare].double() - self.rare_before
 
 
 def run_group(group: Sequence[Settings], splits: Splits, folder: Path, device: str) -> None:
