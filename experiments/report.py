@@ -166,12 +166,12 @@ def tolerance_section(documents: Sequence[Document], output: Path) -> list[str]:
         lines += [
             f"### {student} on {data}, {'LoRA' if training == 'lora' else 'all parameters'}",
             "",
-            f"{settings['steps']} steps of {settings['questions_per_step']} question(s) with all rationales, learning "
-            f"rate {settings['learning_rate']:g}, bf16 autocast. {_where(group)}",
+            f"{settings['steps']} steps of {settings['questions_per_step']} × {settings['rationales_per_question']} "
+            f"questions × rationales, learning rate {settings['learning_rate']:g}, bf16 autocast. {_where(group)}",
             "",
         ]
         rows = []
-        for (tolerance, correction), by_seed in sorted(runs.items(), key=lambda item: (-item[0][0], not item[0][1])):
+        for (tolerance, correction), by_seed in sorted(runs.items(), key=lambda item: _exact_first(*item[0])):
             seeds = sorted(set(by_seed) & set(exact))
             found = [by_seed[seed] for seed in seeds]
             if not found:
@@ -197,7 +197,7 @@ def tolerance_section(documents: Sequence[Document], output: Path) -> list[str]:
             if training == "full":
                 cells += [
                     f"{100 * np.mean([run['rare_drift'] for run in found]):.2f}",
-                    f"{np.mean([run['rare_drift_cosine'] for run in found]):.4f}",
+                    f"{np.mean([run['rare_drift_cosine'] for run in found]):.2f}",
                 ]
             rows.append(cells)
         header = [
@@ -218,6 +218,10 @@ def tolerance_section(documents: Sequence[Document], output: Path) -> list[str]:
         _plot_curves(runs, output / picture)
         lines += [f"![Distance of the loss curves from the exact ones]({picture})", ""]
     return lines
+
+
+def _exact_first(tolerance: float, correction: bool) -> tuple[bool, bool, float]:
+    return tolerance > 0, not correction, tolerance
 
 
 def _plot_curves(runs: dict[tuple[float, bool], dict[int, Document]], path: Path) -> None:
@@ -253,17 +257,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS.parent / "RESULTS.md")
     options = parser.parse_args(arguments)
     folder = options.output.parent
-    lines = [
-        "# What the experiments found",
-        "",
-        "Written by `python -m experiments.report`; README.md says how to read it.",
-    ]
-    lines += ["## Methods at equal budgets", "", *methods_section(read(options.results / "methods"), folder)]
-    lines += [
-        "## Training with `gradient_tolerance`",
-        "",
-        *tolerance_section(read(options.results / "gradient_tolerance"), folder),
-    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    methods, tolerances = read(options.results / "methods"), read(options.results / "gradient_tolerance")
+    lines = ["# What the experiments found", "", "Written by `python -m experiments.report`; see README.md.", ""]
+    if methods:
+        lines += ["## Methods at equal budgets", "", *methods_section(methods, folder)]
+    if tolerances:
+        lines += ["## Training with `gradient_tolerance`", "", *tolerance_section(tolerances, folder)]
     options.output.write_text("\n".join(lines).rstrip() + "\n")
     print(options.output)
 
