@@ -4,10 +4,11 @@
 
 Each (training, seed) is trained with the exact gradient and then, on the same batches in the same order, with every
 tolerance, with and without the rank-1 correction. A step reads some questions and of each the same number of its
-rationales, drawn at random, with equal weights, so that nothing but the gradient differs. Rare tokens are those that
-occur nowhere in the training data, neither read nor written: their rows of the (tied) embedding move only by what the
-head's gradient says of tokens that are never right. A sweep that was stopped goes on with what is missing, after
-training the exact student of that seed again.
+rationales, drawn at random, with equal weights, so that nothing but the gradient differs. The control shows what any
+other rounding does: the exact gradient in chunks of a few rows. Rare tokens are those that occur nowhere in the training
+data, neither read nor written: their rows of the (tied) embedding move only by what the head's gradient says of tokens
+that are never right. A sweep that was stopped goes on with what is missing, after training the exact student of that
+seed again.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from mind.trainer import ON_DEVICE
 from mind_kernels import GradientPruning, record_pruning
 
 TOLERANCES = (2**-8, 2**-9, 2**-10)
+CHUNKED_BYTES = 2 * 2**20  # of logits: some 20 rows of SmolLM2's vocabulary in bf16
 LEARNING_RATES = {"full": 1e-4, "lora": 5e-4}
 
 
@@ -50,10 +52,12 @@ class Settings:
     rationales_per_question: int
     learning_rate: float
     questions: str  # fingerprint
+    max_logits_bytes: int | None = None
 
     @property
     def file(self) -> str:
         kind = "exact" if self.tolerance == 0 else f"{self.tolerance:.6f}" + ("" if self.correction else "-uncorrected")
+        kind += "" if self.max_logits_bytes is None else "-chunked"
         return f"{Path(self.student).name}-{self.data}-{self.training}-s{self.seed}-{kind}.json"
 
 
@@ -83,7 +87,12 @@ class Trainee:
 
     def train(self) -> dict[str, Any]:
         settings, order = self.settings, random.Random(self.settings.seed)
-        attachment = attach_mind_loss(self.model, consistency_weight=0.0, gradient_tolerance=self.pruning)
+        attachment = attach_mind_loss(
+            self.model,
+            consistency_weight=0.0,
+            gradient_tolerance=self.pruning,
+            max_logits_bytes=settings.max_logits_bytes,
+        )
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0, fused=True)
         schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * settings.steps), settings.steps)
@@ -188,8 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     splits = load_splits(options)
-    kinds = [(tolerance, True) for tolerance in (0.0, *TOLERANCES)]
-    kinds += [(tolerance, False) for tolerance in options.uncorrected]
+    kinds: list[tuple[float, bool, int | None]] = [(tolerance, True, None) for tolerance in (0.0, *TOLERANCES)]
+    kinds += [(tolerance, False, None) for tolerance in options.uncorrected]
+    kinds += [(0.0, True, CHUNKED_BYTES)]
     for seed in options.seeds:
         for training in options.training:
             group = [
@@ -205,8 +215,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     options.rationales_per_question,
                     LEARNING_RATES[training],
                     fingerprint(splits),
+                    max_logits_bytes,
                 )
-                for tolerance, correction in kinds
+                for tolerance, correction, max_logits_bytes in kinds
             ]
             run_group(group, splits, options.results / "gradient_tolerance", options.device)
 

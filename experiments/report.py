@@ -28,6 +28,8 @@ from mind.bootstrap import bootstrap_means, interval
 
 BASELINE = "no_fusion"
 Document = dict[str, Any]
+Kind = tuple[float, bool, bool]  # gradient_tolerance, its correction, in small chunks
+EXACT: Kind = (0.0, True, False)
 
 
 def read(folder: Path) -> list[Document]:
@@ -157,11 +159,12 @@ def tolerance_section(documents: Sequence[Document], output: Path) -> list[str]:
         settings = document["settings"]
         groups[settings["student"], settings["data"], settings["training"]].append(document)
     for (student, data, training), group in sorted(groups.items()):
-        runs: dict[tuple[float, bool], dict[int, Document]] = defaultdict(dict)
+        runs: dict[Kind, dict[int, Document]] = defaultdict(dict)
         for document in group:
             settings = document["settings"]
-            runs[settings["tolerance"], settings["correction"]][settings["seed"]] = document
-        exact = runs[0.0, True]
+            chunked = settings["max_logits_bytes"] is not None
+            runs[settings["tolerance"], settings["correction"], chunked][settings["seed"]] = document
+        exact = runs[EXACT]
         settings = group[0]["settings"]
         lines += [
             f"### {student} on {data}, {'LoRA' if training == 'lora' else 'all parameters'}",
@@ -171,7 +174,7 @@ def tolerance_section(documents: Sequence[Document], output: Path) -> list[str]:
             "",
         ]
         rows = []
-        for (tolerance, correction), by_seed in sorted(runs.items(), key=lambda item: _exact_first(*item[0])):
+        for kind, by_seed in sorted(runs.items(), key=lambda item: _exact_first(*item[0])):
             seeds = sorted(set(by_seed) & set(exact))
             found = [by_seed[seed] for seed in seeds]
             if not found:
@@ -182,16 +185,15 @@ def tolerance_section(documents: Sequence[Document], output: Path) -> list[str]:
             ]
             change = [a["validation_loss"] - b["validation_loss"] for a, b in zip(found, reference, strict=True)]
             paired = _per_question(found, "test") - _per_question(reference, "test")
-            is_exact = tolerance == 0
+            is_exact = kind == EXACT
             cells = [
-                "exact" if is_exact else f"2^{round(np.log2(tolerance))}",
-                "–" if is_exact else ("yes" if correction else "no"),
+                _name(kind),
                 str(len(found)),
                 _spread([run["validation_loss"] for run in found], 4),
                 "–" if is_exact else _spread([1e3 * value for value in change], 2),
                 "–" if is_exact else f"{1e3 * np.mean(curves):.2f}",
                 f"{100 * np.mean([run['test']['accuracy'] for run in found]):.1f}",
-                "–" if is_exact else _percent(paired, f"{training} {tolerance} {correction}", "+"),
+                "–" if is_exact else _percent(paired, f"{training} {kind}", "+"),
                 f"{100 * np.mean([run['kept_share'] for run in found]):.1f}",
             ]
             if training == "full":
@@ -202,7 +204,6 @@ def tolerance_section(documents: Sequence[Document], output: Path) -> list[str]:
             rows.append(cells)
         header = [
             "tolerance",
-            "corrected",
             "seeds",
             "held-out loss",
             "its change, 10⁻³ nats",
@@ -220,27 +221,33 @@ def tolerance_section(documents: Sequence[Document], output: Path) -> list[str]:
     return lines
 
 
-def _exact_first(tolerance: float, correction: bool) -> tuple[bool, bool, float]:
-    return tolerance > 0, not correction, tolerance
+def _exact_first(tolerance: float, correction: bool, chunked: bool) -> tuple[bool, bool, float, bool]:
+    return tolerance > 0, not correction, tolerance, chunked
 
 
-def _plot_curves(runs: dict[tuple[float, bool], dict[int, Document]], path: Path) -> None:
-    exact = runs[0.0, True]
+def _name(kind: Kind) -> str:
+    tolerance, correction, chunked = kind
+    if tolerance == 0:
+        return "exact, other rounding" if chunked else "exact"
+    return f"2^{round(np.log2(tolerance))}" + ("" if correction else ", uncorrected")
+
+
+def _plot_curves(runs: dict[Kind, dict[int, Document]], path: Path) -> None:
+    exact = runs[EXACT]
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     window = np.ones(10) / 10
     for seed, run in sorted(exact.items()):
         axes[0].plot(np.convolve(run["losses"], window, "valid"), color="black", alpha=0.6, label=f"exact, seed {seed}")
-    for (tolerance, correction), by_seed in sorted(runs.items(), reverse=True):
-        if tolerance == 0:
+    for kind, by_seed in sorted(runs.items(), reverse=True):
+        if kind == EXACT:
             continue
-        style = "-" if correction else ":"
-        color = f"C{round(-np.log2(tolerance)) - 8}"
-        label = f"2^{round(np.log2(tolerance))}" + ("" if correction else ", uncorrected")
+        style = "-" if kind[1] else ":"
+        color = "gray" if kind[0] == 0 else f"C{round(-np.log2(kind[0])) - 8}"
         distance = [np.abs(np.subtract(by_seed[s]["losses"], exact[s]["losses"])) for s in set(by_seed) & set(exact)]
         if not distance:
             continue
         axes[0].plot(np.convolve(by_seed[min(by_seed)]["losses"], window, "valid"), style, color=color, alpha=0.6)
-        axes[1].plot(np.convolve(np.mean(distance, 0), window, "valid"), style, color=color, label=label)
+        axes[1].plot(np.convolve(np.mean(distance, 0), window, "valid"), style, color=color, label=_name(kind))
     axes[0].set(xlabel="step", ylabel="training loss, nats", title="mean of 10 steps")
     axes[0].legend(fontsize=8)
     axes[1].set(xlabel="step", ylabel="distance from the exact curve, nats", yscale="log")

@@ -77,7 +77,7 @@ def test_tolerances_are_compared_on_the_same_batches(folder: Path) -> None:
     wanted = arguments(folder, "--steps", "4", "--seeds", "0", "--uncorrected", "0.00390625")
     gradient_tolerance.main(wanted)
     runs = read(folder, "gradient_tolerance")
-    assert len(runs) == 2 * 5
+    assert len(runs) == 2 * 6
     for training in ("full", "lora"):
         exact = next(run for name, run in runs.items() if f"-{training}-" in name and name.endswith("exact"))
         for name, run in runs.items():
@@ -88,6 +88,12 @@ def test_tolerances_are_compared_on_the_same_batches(folder: Path) -> None:
     assert all(run["rare_tokens"] > 0 and run["rare_drift"] > 0 for run in full.values())
     (exact,) = (run for name, run in full.items() if name.endswith("exact"))
     assert exact["rare_drift_cosine"] == pytest.approx(1)
+
+    report.main(["--results", str(folder / "results"), "--output", str(folder / "report" / "RESULTS.md")])
+    lines = (folder / "report" / "RESULTS.md").read_text().splitlines()
+    names = [line.split("|")[1].strip() for line in lines if line.startswith("| ") and "---" not in line]
+    wanted_names = ["exact", "exact, other rounding", "2^-10", "2^-9", "2^-8", "2^-8, uncorrected"]
+    assert [name for name in names if name in wanted_names] == 2 * wanted_names
 
     # A missing one is made again, with the exact student's drift to compare with.
     (gone,) = (folder / "results" / "gradient_tolerance").glob("*-full-*uncorrected.json")
