@@ -5,10 +5,10 @@
 Each (training, seed) is trained with the exact gradient and then, on the same batches in the same order, with every
 tolerance, with and without the rank-1 correction. A step reads some questions and of each the same number of its
 rationales, drawn at random, with equal weights, so that nothing but the gradient differs. The control shows what any
-other rounding does: the exact gradient in chunks of a few rows. Rare tokens are those that occur nowhere in the training
-data, neither read nor written: their rows of the (tied) embedding move only by what the head's gradient says of tokens
-that are never right. A sweep that was stopped goes on with what is missing, after training the exact student of that
-seed again.
+other rounding does: the exact gradient in chunks of a few rows. Rare tokens are those that occur nowhere in the
+training data, neither read nor written: their rows of the (tied) embedding move only by what the head's gradient says
+of tokens that are never right. A sweep that was stopped goes on with what is missing, after training the exact student
+of that seed again.
 """
 
 from __future__ import annotations
