@@ -260,7 +260,8 @@ def measure_case(
 ) -> dict[str, Any]:
     """The case's document: see `describe` for its head; rows: one `Row` a provider.
 
-    seconds: for the timed rounds. too_slow: names of providers that are not run. deadline: in time.perf_counter's seconds; what has not begun by then is not run.
+    seconds: for the timed rounds. too_slow: names of providers that are not run. deadline: in time.perf_counter's
+    seconds; what has not begun by then is not run.
     """
     torch.compiler.reset()  # compiled code of earlier cases counts against the limit of recompilations
     by_name = {provider.name: provider for provider in providers}
