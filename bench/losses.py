@@ -3,7 +3,8 @@
     python -m bench.losses [--device cuda] [--cases NAME …] [--providers NAME …] [--rows N …] [--dtypes NAME …]
                            [--minutes 8] [--results FILE] [--dry-run]
 
-The file is written after every case. When the minutes are used up, the rows that remain say "not run", so a run can be
+On a CPU a provider that takes minutes at a case (bench/shapes.py) is left out of it, unless --providers names it. The
+file is written after every case. When the minutes are used up, the rows that remain say "not run", so a run can be
 split by --cases, --providers and --rows into several files, which `python -m bench.report` reads together.
 """
 
@@ -154,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             providers,
             seconds=0.0 if args.dry_run else SECONDS_PER_CASE[device],
             deadline=start + 60 * args.minutes,
+            too_slow=case.too_slow_on_cpu if device == "cpu" and not args.providers else (),
             say=say,
         )
         show(found)

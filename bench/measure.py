@@ -21,7 +21,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -255,11 +255,13 @@ def measure_case(
     *,
     seconds: float,
     deadline: float = math.inf,
+    too_slow: Collection[str] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """The case's document: see `describe` for its head; rows: one `Row` a provider.
 
-    seconds: for the timed rounds. deadline: in time.perf_counter's seconds; what has not begun by then is not run.
+    seconds: for the timed rounds. too_slow: names of providers that are not run. deadline: in time.perf_counter's
+    seconds; what has not begun by then is not run.
     """
     torch.compiler.reset()  # compiled code of earlier cases counts against the limit of recompilations
     by_name = {provider.name: provider for provider in providers}
@@ -273,7 +275,6 @@ def measure_case(
             row.status, row.reason = status, preparation.reason
         return _plain(document)
     inputs, allowed, checked = given
-    left_out = dict.fromkeys(case.too_slow_on_cpu, "takes 10 s to minutes a step on a CPU") if device == "cpu" else {}
     active, passive = inputs.num_rows()
     document |= {
         "rows_with_gradient": active,
@@ -286,8 +287,11 @@ def measure_case(
     exact = {None: reference(checked, checked.row_weights)}
     calls: dict[str, Call] = {}
     for row in rows:
-        if row.provider in left_out or time.perf_counter() > deadline:
-            row.status, row.reason = NOT_RUN, left_out.get(row.provider, "the time was used up")
+        if row.provider in too_slow:
+            row.status, row.reason = NOT_RUN, "takes 10 s to minutes a step on a CPU; named by --providers it runs"
+            continue
+        if time.perf_counter() > deadline:
+            row.status, row.reason = NOT_RUN, "the time was used up"
             continue
         say(f"{document['id']}: {row.provider}")
         call = attempt(row, lambda row=row: _check(row, by_name[row.provider], case, checked, exact, device, dtype))

@@ -36,7 +36,7 @@ def remove_partial(output_dir: str) -> None:
 def read_state(checkpoint: str, wanted: dict[str, Any]) -> dict[str, Any]:
     """MIND's state in a checkpoint, after comparing the run it belongs to with the present one.
 
-    wanted: "method", "perspectives" and "question_ids" of the present run.
+    wanted: "method", "lora_r" (None without LoRA), "perspectives" and "question_ids" of the present run.
 
     Raises: ValueError when the folder is no checkpoint of MindTrainer, or one of another run.
     """
@@ -60,6 +60,9 @@ def read_state(checkpoint: str, wanted: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{checkpoint}: orders its perspectives {', '.join(given)}, want {', '.join(names)}")
     if state["method"] != wanted["method"]:
         raise ValueError(f"{checkpoint}: was trained with method {state['method']!r}, want {wanted['method']!r}")
+    if state["lora_r"] != wanted["lora_r"]:
+        given, now = ("no LoRA" if r is None else f"LoRA of rank {r}" for r in (state["lora_r"], wanted["lora_r"]))
+        raise ValueError(f"{checkpoint}: was trained with {given}, want {now} as use_lora and lora_r say")
     if state["question_ids"] != wanted["question_ids"]:
         count = len(state["question_ids"])
         raise ValueError(f"{checkpoint}: was trained on {count} other questions, want those of train_dataset")

@@ -1,7 +1,8 @@
 """The console script `mind` and its commands.
 
-Every field of `RunArguments` and `MindConfig` is a flag of `mind train` and a key of its YAML file. A value in the file
-is read as the same flag would read it, so it may be written as on the command line; the flags win.
+Every field of `RunArguments` and `MindConfig` is a flag of `mind train` and a key of its YAML file; so are the flags of
+`mind generate` and `mind evaluate`. A value in the file is read as the same flag would read it, so it may be written as
+on the command line; the flags win.
 """
 
 from __future__ import annotations
@@ -157,12 +158,7 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
     Raises: UsageError naming the flag, or the file, line and key; SystemExit(0) after --help.
     """
     parser = train_parser()
-    namespace = argparse.Namespace()
-    path = parser.parse_args(arguments).config
-    if path is not None:
-        _read_yaml(parser, path, namespace)
-    values = vars(parser.parse_args(arguments, namespace))
-    del values["config"]
+    values = vars(parse_settings(parser, arguments))
     try:
         run, config = parser.parse_dict(values)
     except (ValueError, TypeError, ImportError) as error:  # of MindConfig, and of TrainingArguments beneath it
@@ -173,22 +169,17 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
 def train_parser() -> Any:
     """The HfArgumentParser of `mind train`, MIND's own settings ahead of TrainingArguments'."""
     # Here, because importing transformers takes seconds that `mind problems` does not need.
-    from transformers import HfArgumentParser, TrainingArguments
+    from transformers import TrainingArguments
 
     from mind.config import MindConfig
 
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UsageError(message)
-
-    parser = Parser(
-        (RunArguments, MindConfig),  # type: ignore[arg-type]
+    parser = dataclass_parser(
+        RunArguments,
+        MindConfig,
         prog="mind train",
         usage="mind train [--config FILE] [--SETTING VALUE ...]",
         description="Distil a student from rationales of several perspectives under a teaching assistant's guidance.",
-        allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings by name; the flags win over it.")
     inherited = {item.name for item in fields(TrainingArguments)}
     own = parser.add_argument_group("MIND")
     rest = parser.add_argument_group("transformers.TrainingArguments")
@@ -197,6 +188,43 @@ def train_parser() -> Any:
             parser._optionals._group_actions.remove(action)
             (rest if action.dest in inherited else own)._group_actions.append(action)
     return parser
+
+
+def dataclass_parser(*types: Any, **texts: str) -> Any:
+    """An HfArgumentParser of the dataclasses' fields and --config, whose errors are a UsageError."""
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(message)
+
+    parser = Parser(types, allow_abbrev=False, **texts)
+    add_config_flag(parser)
+    return parser
+
+
+def add_config_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings by name; the flags win over it.")
+
+
+def parse_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """The settings, without `config`: the flags', else those of the YAML file that --config names, else the defaults.
+
+    Raises: UsageError naming the flag, or the file, line and key; SystemExit(0) after --help.
+    """
+    required = [action for action in parser._actions if action.required]
+    for action in required:  # which the file may hold
+        action.required = False
+    namespace = argparse.Namespace()
+    path = parser.parse_args(arguments).config
+    if path is not None:
+        _read_yaml(parser, path, namespace)
+    values = parser.parse_args(arguments, namespace)
+    missing = [action.option_strings[0] for action in required if getattr(values, action.dest) is None]
+    if missing:
+        raise UsageError(f"the following arguments are required: {', '.join(missing)}")
+    del values.config
+    return values
 
 
 def _read_yaml(parser: argparse.ArgumentParser, path: str, namespace: argparse.Namespace) -> None:
@@ -215,49 +243,56 @@ def _read_yaml(parser: argparse.ArgumentParser, path: str, namespace: argparse.N
         return
     if not isinstance(root, yaml.MappingNode):
         raise UsageError(f"--config: {path} holds no mapping, want lines of the form setting: value")
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    settings = (action for action in parser._actions if isinstance(action, argparse._StoreAction))
+    actions = {action.dest: action for action in settings if action.dest != "config"}
     seen: set[str] = set()
     for key, value in root.value:
         name, place = str(key.value), f"{path}:{key.start_mark.line + 1}"
         if name not in actions:
+            if "api_key_env" in actions and "key" in name.lower():
+                raise UsageError(
+                    f"{place}: {name!r}: a key does not belong in a file, want it in the environment variable that "
+                    "api_key_env names"
+                )
             near = difflib.get_close_matches(name, actions, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ", see mind train --help"
+            hint = f", did you mean {near[0]!r}?" if near else f", see {parser.prog} --help"
             raise UsageError(f"{place}: {name!r} is not a setting{hint}")
         if name in seen:
             raise UsageError(f"{place}: {name!r} stands twice in this file, want it once")
         seen.add(name)
         if value.tag == "tag:yaml.org,2002:null":
-            if not _may_be_none(name):
+            if not _may_be_none(parser, actions[name]):
                 raise UsageError(f"{place}: {name}: given null, want a value")
             setattr(namespace, name, None)
             continue
-        if isinstance(value, yaml.SequenceNode) and actions[name].nargs != "+":
+        if isinstance(value, yaml.SequenceNode) and actions[name].nargs in (None, "?"):
             raise UsageError(f"{place}: {name}: given a list, want one value")
         try:
-            parsed = parser.parse_args(_as_flag(name, value))
+            parsed = parser.parse_args(_as_flag(actions[name].option_strings[0], value))
         except UsageError as error:
             raise UsageError(f"{place}: {error}") from error
         setattr(namespace, name, getattr(parsed, name))
 
 
-def _as_flag(name: str, value: yaml.Node) -> list[str]:
+def _as_flag(flag: str, value: yaml.Node) -> list[str]:
     """A YAML value as on the command line: the text of a scalar as it is written, a mapping as JSON."""
     if isinstance(value, yaml.MappingNode):
-        return [f"--{name}={json.dumps(_construct(value))}"]
+        return [f"{flag}={json.dumps(_construct(value))}"]
     if isinstance(value, yaml.SequenceNode):
-        return [f"--{name}", *(str(_construct(item)) for item in value.value)]
-    return [f"--{name}={value.value}"]
+        return [flag, *(str(_construct(item)) for item in value.value)]
+    return [f"{flag}={value.value}"]
 
 
 def _construct(node: yaml.Node) -> Any:
     return yaml.SafeLoader("").construct_document(node)
 
 
-def _may_be_none(name: str) -> bool:
-    from mind.config import MindConfig
-
-    hints = get_type_hints(RunArguments) | get_type_hints(MindConfig)
-    return type(None) in get_args(hints[name])
+def _may_be_none(parser: argparse.ArgumentParser, action: argparse.Action) -> bool:
+    for type_ in getattr(parser, "dataclass_types", ()):
+        hints = get_type_hints(type_)
+        if action.dest in hints:
+            return type(None) in get_args(hints[action.dest])
+    return action.default is None
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -192,11 +192,15 @@ class MindConfig(TrainingArguments):
             self._want(name, given == value or not given, f"{value!r}: {reason}")
         if self.share_prompt:
             self._want("gradient_checkpointing", not self.gradient_checkpointing, "False with share_prompt")
+        self._want("save_strategy", self.save_strategy != "best", "no, steps or epoch: nothing is evaluated in between")
+        by_itself = getattr(self, "train_sampling_strategy", "random") in ("random", "sequential")  # not in the oldest
+        self._want("train_sampling_strategy", by_itself, "random or sequential: a batch is made of questions")
         if self.use_liger_kernel:
             fused = (self.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
             self._want("liger_kernel_config", not fused, '{"fused_linear_cross_entropy": false}: the loss is fused')
         if self.learning_rate is None:
             self.learning_rate = 1e-4 if self.use_lora else 1e-5
+        self._want("learning_rate", self.learning_rate >= 0, "a number that is not negative")
         super().__post_init__()
 
     def _want(self, name: str, holds: bool, wanted: str) -> None:

@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +132,9 @@ def _open_output(config: MindConfig) -> str | None:
     folder, resume = config.output_dir, config.resume_from_checkpoint
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"output_dir: {folder} is a file, want a new or empty folder")
+    above = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        raise ValueError(f"output_dir: {folder}: {above} is no folder that can be written to, want one")
     if resume is None or resume.lower() == "false":
         if config.should_save and os.path.isdir(folder) and os.listdir(folder):
             raise ValueError(
@@ -170,6 +174,12 @@ def _read_data(run: RunArguments, config: MindConfig) -> tuple[list[Record], lis
         chosen = set(random.Random(seed).sample(range(len(records)), run.num_heldout))
         heldout = [record for i, record in enumerate(records) if i in chosen]
         records = [record for i, record in enumerate(records) if i not in chosen]
+        # A perspective that chance has left to these questions alone is none that training has.
+        trained = perspectives_of(records)
+        heldout = [
+            replace(record, rationales=tuple(item for item in record.rationales if item.perspective in trained))
+            for record in heldout
+        ]
     seen = {record.question: record.id for record in records}
     for record in heldout:
         if record.question in seen:

@@ -141,6 +141,9 @@ class MindTrainer(Trainer):
         self, epoch_iterator: Iterator[QuestionBatch], num_batches: int, device: torch.device
     ) -> tuple[list[QuestionBatch], Tensor | int]:
         """The micro-batches of one optimiser step, and how many questions they hold on all ranks together."""
+        if self.state.global_step >= self.state.max_steps:  # a finished run, resumed: Trainer would take one step more
+            self.control.should_training_stop = True
+            return [], 0
         batches = list(islice(epoch_iterator, num_batches))
         num_questions = sum(map(len, batches))
         if self.accelerator.num_processes == 1:
@@ -511,6 +514,7 @@ class MindTrainer(Trainer):
         """What a checkpoint and the run that resumes it must have in common."""
         return {
             "method": self.args.method,
+            "lora_r": self.args.lora_r if self.args.use_lora else None,
             "perspectives": list(self.perspectives),
             "question_ids": [question.id for question in self.train_dataset.questions],
         }
@@ -550,6 +554,12 @@ def _read(attachment: MindAttachment, batch: dict[str, Any]) -> Tensor:
 def _check_dataset(dataset: MindDataset, args: MindConfig, model: PreTrainedModel) -> None:
     if len(dataset) == 0:
         raise ValueError("train_dataset: has no questions, want at least one")
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(dataset) < batch:
+        raise ValueError(
+            f"dataloader_drop_last: given {len(dataset)} questions and batches of {batch}, which leaves no batch, "
+            "want a smaller per_device_train_batch_size"
+        )
     golden = args.golden_perspective
     if golden is not None:
         if golden not in dataset.perspectives:

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import logging
 import math
+import numbers
 import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -62,8 +63,23 @@ def check_integer(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: given {tensor.dtype}, wanted torch.int64 or torch.int32")
 
 
-def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    require(tensor.device == device, f"{name}: given on {tensor.device}, wanted on {device} as the first argument")
+def check_device(name: str, tensor: Tensor, device: torch.device, like: str = "the first argument") -> None:
+    require(tensor.device == device, f"{name}: given on {tensor.device}, wanted on {device} as {like}")
+
+
+def check_number(name: str, value: object) -> None:
+    """A plain number. A tensor is none: what is a setting here would be without its gradient."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: given {type(value).__name__}, wanted a number")
+
+
+def check_budget(max_logits_bytes: int | None) -> None:
+    if max_logits_bytes is not None and not isinstance(max_logits_bytes, int):
+        raise TypeError(f"max_logits_bytes: given {type(max_logits_bytes).__name__}, wanted None or an int")
+    require(
+        max_logits_bytes is None or max_logits_bytes > 0,
+        f"max_logits_bytes: given {max_logits_bytes}, wanted None or a positive number of bytes",
+    )
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -71,6 +87,9 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def check_scale_and_softcap(prefix: str, logit_scale: float, logit_softcap: float | None) -> None:
+    check_number(f"{prefix}logit_scale", logit_scale)
+    if logit_softcap is not None:
+        check_number(f"{prefix}logit_softcap", logit_softcap)
     require(
         math.isfinite(logit_scale) and logit_scale != 0,
         f"{prefix}logit_scale: given {logit_scale}, wanted a finite number other than 0",
@@ -81,14 +100,20 @@ def check_scale_and_softcap(prefix: str, logit_scale: float, logit_softcap: floa
     )
 
 
-def check_divergence(divergence: str, beta: float, temperature: float, temperature_power: int) -> None:
-    check_choice("divergence", divergence, DIVERGENCES)
+def check_temperature(temperature: float) -> None:
+    check_number("temperature", temperature)
     require(
         math.isfinite(temperature) and temperature > 0,
         f"temperature: given {temperature}, wanted a finite number above 0",
     )
+
+
+def check_divergence(divergence: str, beta: float, temperature: float, temperature_power: int) -> None:
+    check_choice("divergence", divergence, DIVERGENCES)
+    check_temperature(temperature)
     require(temperature_power in (0, 2), f"temperature_power: given {temperature_power}, wanted 0 or 2")
     if divergence == "jsd":
+        check_number("beta", beta)
         require(
             0 < beta < 1, f"beta: given {beta}, wanted 0 < beta < 1 (the limits are divergence 'forward' and 'reverse')"
         )
@@ -128,10 +153,7 @@ def check_head(
         if not autocast and lm_head_bias.dtype != hidden_states.dtype:
             raise TypeError(f"lm_head_bias: given {lm_head_bias.dtype}, wanted {hidden_states.dtype} as hidden_states")
     check_scale_and_softcap("", logit_scale, logit_softcap)
-    require(
-        max_logits_bytes is None or max_logits_bytes > 0,
-        f"max_logits_bytes: given {max_logits_bytes}, wanted None or a positive number of bytes",
-    )
+    check_budget(max_logits_bytes)
 
 
 def choose_backend(backend: str, tensor: Tensor, num_perspectives: int = 1) -> str:
@@ -225,6 +247,8 @@ def check_teacher(teacher: object, rows_shape: torch.Size, V: int, device: torch
             "(for a padded vocabulary say vocab_size, the number of tokens both share)",
         )
     else:
+        if not isinstance(teacher.vocab_size, int):
+            raise TypeError(f"teacher.vocab_size: given {type(teacher.vocab_size).__name__}, wanted None or an int")
         require(
             1 <= teacher.vocab_size <= min(V, V_t),
             f"teacher.vocab_size: given {teacher.vocab_size}, wanted 1 to {min(V, V_t)}, "
@@ -361,6 +385,8 @@ def resolve_num_questions(num_questions: int | Tensor | None, B: int) -> float |
         )
         if not can_look(num_questions):
             return num_questions
+    else:
+        check_number("num_questions", num_questions)
     value = float(num_questions)
     require(value > 0 and math.isfinite(value), f"num_questions: given {value}, wanted a number above 0")
     return value

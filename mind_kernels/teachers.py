@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mind_kernels.arguments import check_floating, check_scale_and_softcap, require
+from mind_kernels.arguments import check_device, check_floating, check_integer, check_scale_and_softcap, require
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class TeacherHidden:
     def __post_init__(self) -> None:
         check_floating("teacher.hidden_states", self.hidden_states)
         check_floating("teacher.lm_head_weight", self.lm_head_weight)
+        require(self.hidden_states.ndim >= 1, "teacher.hidden_states: given shape (), wanted (..., H_t)")
+        check_device("teacher.lm_head_weight", self.lm_head_weight, self.hidden_states.device, "teacher.hidden_states")
         require(
             self.lm_head_weight.ndim == 2 and self.hidden_states.shape[-1] == self.lm_head_weight.shape[1],
             f"teacher.lm_head_weight: given shape {tuple(self.lm_head_weight.shape)}, "
@@ -51,6 +53,7 @@ class TeacherHidden:
                 f"teacher.lm_head_bias: given shape {tuple(self.lm_head_bias.shape)}, "
                 f"wanted ({self.lm_head_weight.shape[0]},)",
             )
+            check_device("teacher.lm_head_bias", self.lm_head_bias, self.hidden_states.device, "teacher.hidden_states")
         check_scale_and_softcap("teacher.", self.logit_scale, self.logit_softcap)
 
     @property
@@ -102,13 +105,13 @@ class TeacherTopK:
 
     def __post_init__(self) -> None:
         check_floating("teacher.logprobs", self.logprobs)
-        if self.token_ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"teacher.token_ids: given {self.token_ids.dtype}, wanted torch.int64 or torch.int32")
+        check_integer("teacher.token_ids", self.token_ids)
         require(
             self.token_ids.shape == self.logprobs.shape and self.token_ids.ndim >= 1,
             f"teacher.logprobs: given shape {tuple(self.logprobs.shape)}, "
             f"wanted {tuple(self.token_ids.shape)} as teacher.token_ids",
         )
+        check_device("teacher.token_ids", self.token_ids, self.logprobs.device, "teacher.logprobs")
         require(self.token_ids.shape[-1] >= 1, "teacher.token_ids: given k = 0 tokens a row, wanted at least 1")
         require(
             self.tail in ("bucket", "renormalize"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mind.cli import CommandParser, UsageError
+from mind.cli import CommandParser, UsageError, add_config_flag, parse_settings
 from mind.prompting import PromptFormat
 
 _MEASURING = ("instruction", "max_new_tokens", "batch_size", "limit", "dtype", "device", "backend", "seed")
@@ -18,7 +18,7 @@ _MEASURING = ("instruction", "max_new_tokens", "batch_size", "limit", "dtype", "
 
 def main(arguments: Sequence[str]) -> None:
     """Raises: ValueError about bad input; then nothing is written."""
-    options = _parser().parse_args(arguments)
+    options = parse_settings(_parser(), arguments)
     sources = [*options.tasks, *options.data, *options.ood_data]
     if options.compare is not None and (options.student is not None or sources):
         raise UsageError("--compare: takes two result files alone, want no student, tasks or data beside it")
@@ -75,10 +75,11 @@ def _compare(options: argparse.Namespace) -> None:
 def _parser() -> CommandParser:
     parser = CommandParser(
         prog="mind evaluate",
-        usage="mind evaluate --student STUDENT --output FILE [--tasks ...] [--data ...] | --compare A B",
+        usage="mind evaluate --student STUDENT --output FILE [--tasks ...] [--data ...] [...] | --compare A B",
         description="Zero-shot chain of thought, greedy, the answer found and compared as training taught it.",
         allow_abbrev=False,
     )
+    add_config_flag(parser)
     add = parser.add_argument
     add("--student", help="smollm2-135m, gemma3-270m (built in), a Hugging Face folder or a hub id.")
     add(

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer
 
+from mind.cli import dataclass_parser, parse_settings
 from mind.data import Record, load_records
 from mind.generate import GenerateError
 from mind.generate.judge import (
@@ -181,23 +182,20 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def parse(arguments: Sequence[str]) -> GenerateConfig:
-    """Raises: GenerateError naming the flag; SystemExit(0) after --help and --copy_prompts."""
-
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise GenerateError(message)
+    """Raises: UsageError naming the flag, or the file, line and key; GenerateError naming the setting; SystemExit(0)
+    after --help and --copy_prompts.
+    """
 
     class CopyPrompts(argparse.Action):
         def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
             copy_prompts(values)
             raise SystemExit(0)
 
-    parser = Parser(
-        GenerateConfig,  # type: ignore[arg-type]
+    parser = dataclass_parser(
+        GenerateConfig,
         prog="mind generate",
-        usage="mind generate --data FILE --output FILE --teacher MODEL [--SETTING VALUE ...]",
+        usage="mind generate --data FILE --output FILE --teacher MODEL [--config FILE] [--SETTING VALUE ...]",
         description="Have a teacher answer every question in several perspectives, keep what is right, and report.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--copy_prompts",
@@ -205,7 +203,7 @@ def parse(arguments: Sequence[str]) -> GenerateConfig:
         action=CopyPrompts,
         help="Copy the built-in prompts there, to edit, and stop.",
     )
-    values = vars(parser.parse_args(arguments))
+    values = vars(parse_settings(parser, arguments))
     del values["copy_prompts"]
     return GenerateConfig(**values)
 

@@ -13,6 +13,7 @@ from mind_kernels.arguments import (
     check_head,
     check_labels,
     check_logits_dtype,
+    check_number,
     check_question_weights,
     check_supervised_index,
     check_teacher,
@@ -99,7 +100,8 @@ def mind_loss(
 
     Returns MindLossOutput: loss, a differentiable fp32 scalar (fp64 for fp64; in hidden_states, lm_head_weight,
     lm_head_bias and rationale_weights); detached: cross_entropy, consistency and kl (the three sums above over
-    num_questions, before their weights) and rationale_losses (B, K), CE in nats per token, 0 without supervised tokens.
+    num_questions, before their weights; a term of weight 0 is not computed and told as 0) and rationale_losses (B, K),
+    CE in nats per token, 0 without supervised tokens.
 
     Peak extra memory: the gradients + max_logits_bytes (+ 4·V·H bytes of fp32 accumulator when 16-bit products need
     more than one chunk).
@@ -111,6 +113,8 @@ def mind_loss(
     check_head(hidden_states, lm_head_weight, lm_head_bias, logit_scale, logit_softcap, max_logits_bytes)
     check_logits_dtype(logits_dtype, hidden_states)
     check_divergence(divergence, beta, temperature, temperature_power)
+    check_number("consistency_weight", consistency_weight)
+    check_number("kl_weight", kl_weight)
     require(consistency_weight >= 0, f"consistency_weight: given {consistency_weight}, wanted a number of at least 0")
     require(kl_weight >= 0, f"kl_weight: given {kl_weight}, wanted a number of at least 0")
     rows_shape = hidden_states.shape[:-1]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mind_kernels.arguments import (
     REDUCTIONS,
+    check_budget,
     check_choice,
     check_divergence,
     check_floating,
@@ -43,7 +44,8 @@ def ta_weighted_kl(
 ) -> tuple[Tensor, Tensor]:
     """fused_linear_kl without its head: Σ_r w_r·D_r over the rows of student_logits.
 
-    student_logits: final logits (scaled, capped), bf16, fp16, fp32 or fp64; any leading axes, the last of them time.
+    student_logits: final logits (scaled, capped), finite, bf16, fp16, fp32 or fp64; any leading axes, the last of them
+        time.
     shift_labels: only say which rows count (label ≠ ignore_index); None: all of them.
     max_logits_bytes: budget for the logits that TeacherHidden projects, 512 MiB by default; other teachers need none.
     The other arguments and the errors are those of fused_linear_kl.
@@ -59,10 +61,7 @@ def ta_weighted_kl(
     require(student_logits.ndim >= 2, f"student_logits: given shape {tuple(student_logits.shape)}, wanted (..., T, V)")
     check_choice("reduction", reduction, REDUCTIONS)
     check_divergence(divergence, beta, temperature, temperature_power)
-    require(
-        max_logits_bytes is None or max_logits_bytes > 0,
-        f"max_logits_bytes: given {max_logits_bytes}, wanted None or a positive number of bytes",
-    )
+    check_budget(max_logits_bytes)
     rows_shape, V = student_logits.shape[:-1], student_logits.shape[-1]
     check_teacher(teacher, rows_shape, V, student_logits.device, temperature)
     if shift_labels is None:  # all rows, as the host then knows

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, nn
 
-from mind_kernels.arguments import can_look, check_device, check_floating, check_integer, choose_backend, require
+from mind_kernels.arguments import (
+    can_look,
+    check_device,
+    check_floating,
+    check_integer,
+    check_temperature,
+    choose_backend,
+    require,
+)
 from mind_kernels.log_softmax.torch_path import torch_log_softmax
 
 __all__ = ["MultiRationaleLogSoftmax", "multi_rationale_log_softmax"]
@@ -36,10 +42,7 @@ def multi_rationale_log_softmax(
     """
     check_floating("logits", logits)
     require(logits.ndim >= 2, f"logits: given shape {tuple(logits.shape)}, wanted (..., K, V)")
-    require(
-        math.isfinite(temperature) and temperature > 0,
-        f"temperature: given {temperature}, wanted a finite number above 0",
-    )
+    check_temperature(temperature)
     if token_ids is not None:
         check_integer("token_ids", token_ids)
         check_device("token_ids", token_ids, logits.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,17 @@ def test_a_real_allocation_failure_is_recognised() -> None:
 
     _, rows = measure(provider("huge", huge))
     assert rows["huge"]["status"] == OOM, rows["huge"]["reason"]
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "not-named"])
+def test_what_is_too_slow_runs_when_it_is_named(named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "LOSS_CASES", {"tiny": replace(LOSS_CASES["tiny"], too_slow_on_cpu=("pytorch",))})
+    monkeypatch.setattr(losses, "PROVIDERS", {name: PROVIDERS[name] for name in ("mind", "pytorch")})
+    results = tmp_path / "losses.json"
+    arguments = ["--device", "cpu", "--dry-run", "--results", str(results)]
+    assert losses.main([*arguments, *(["--providers", "pytorch", "mind"] if named else [])]) == 0
+    status = {row["provider"]: row["status"] for row in json.loads(results.read_text())["cases"][0]["rows"]}
+    assert status == {"mind": OK, "pytorch": OK if named else NOT_RUN}
 
 
 def test_time_that_is_used_up() -> None:

@@ -127,6 +127,16 @@ def test_heldout_questions(inputs: Path, tmp_path: Path, capsys: pytest.CaptureF
         ({"student": "no/such"}, "student 'no/such' cannot be loaded: "),
         ({"encoder": "no/such"}, "encoder 'no/such' cannot be found: "),
         ({"data": "no.jsonl"}, "no.jsonl: no such file or folder"),
+        ({"learning_rate": -1}, "learning_rate: given -1.0, want a number that is not negative"),
+        ({"save_strategy": "best"}, "save_strategy: given 'best', want no, steps or epoch: "),
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            "train_sampling_strategy: given 'group_by_length', want random",
+        ),
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 64},
+            "dataloader_drop_last: given 10 questions and batches of 64, which leaves no batch, want a smaller",
+        ),
         ({"resume_from_checkpoint": "true"}, "holds no whole checkpoint, want one"),
         (
             {"resume_from_checkpoint": "no/such"},
@@ -148,6 +158,10 @@ def test_the_output_folder_is_taken(inputs: Path, tmp_path: Path, capsys: pytest
         f"output_dir: {tmp_path} is not empty, want a new or empty folder, or --resume_from_checkpo"
     )
     assert os.listdir(tmp_path) == ["notes.txt"]
+    notes = tmp_path / "notes.txt"
+    assert refused(flags(inputs, notes), capsys) == f"output_dir: {notes} is a file, want a new or empty folder"
+    given = refused(flags(inputs, notes / "a" / "b"), capsys)
+    assert given == f"output_dir: {notes}/a/b: {notes} is no folder that can be written to, want one"
     given = refused(flags(inputs, tmp_path / "notes.txt"), capsys)
     assert given == f"output_dir: {tmp_path}/notes.txt is a file, want a new or empty folder"
 
@@ -245,6 +259,11 @@ def rename(records: list[dict[str, Any]], old: str, new: str | None) -> list[dic
             raw_records(13),
             {"num_heldout": 4},
             "metrics.json: tells the accuracy on 3 other held-out questions, want the 4",
+        ),
+        (
+            raw_records(13),
+            {"use_lora": True},
+            "was trained with no LoRA, want LoRA of rank 16 as use_lora and lora_r say",
         ),
         (raw_records(13), {"assistant_hidden_size": 32}, "its teaching assistant has hidden_size = 16, want 32"),
     ],

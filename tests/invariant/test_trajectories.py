@@ -25,7 +25,8 @@ from mind.data import EncodedQuestion
 from mind.feedback import Feedback
 from mind.trainer import MindTrainer
 
-from .tiny_run import flags, make_inputs, run
+from ..mind.tiny import PERSPECTIVES, raw_records
+from .tiny_run import flags, make_inputs, run, write_jsonl
 
 ROOT = str(Path(__file__).parents[2])
 # A threshold that some rationales pass and others do not, so that selection is part of every trajectory.
@@ -212,6 +213,29 @@ def test_a_run_killed_while_saving_goes_on_from_the_last_whole_checkpoint(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is left
+
+
+@pytest.mark.parametrize("save_strategy", ["steps", "epoch"])
+def test_a_finished_run_is_not_trained_any_further(save_strategy: str, inputs: Path, tmp_path: Path) -> None:
+    changes = {"max_steps": 2, "save_strategy": save_strategy, "save_steps": 2}  # of the 3 steps of an epoch
+    run(inputs, tmp_path / "run", **changes)
+    before = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    run(inputs, tmp_path / "run", **changes, resume_from_checkpoint=True)
+    after = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [path.name for path in tmp_path.glob("run/checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_perspective_that_only_held_out_questions_have(inputs: Path, tmp_path: Path) -> None:
+    """Whether a rare perspective is split off is chance, so it cannot be an error."""
+    records = raw_records(13)
+    records[4]["rationales"].append({"perspective": "rare", "text": "a rare way", "answer": "8"})
+    write_jsonl(tmp_path / "data.jsonl", records)
+    settings = {"data": tmp_path / "data.jsonl", "num_heldout": 12, "num_measured": 12, "max_steps": 1, "data_seed": 1}
+    run(inputs, tmp_path / "run", **settings)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert "q4" in [answer["id"] for answer in metrics["before"]["answers"]]
+    assert list(metrics["before"]["perspective_loss"]) == list(PERSPECTIVES)
 
 
 @pytest.mark.parametrize("use_lora", [False, True])

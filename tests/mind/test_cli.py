@@ -1,4 +1,4 @@
-"""The command line of `mind train`: flags, YAML file, errors. A few seconds."""
+"""The command lines: flags, YAML files, errors. A few seconds."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from mind.cli import RunArguments, UsageError, main, parse_train, train_parser
+from mind.cli import RunArguments, UsageError, main, parse_settings, parse_train, train_parser
 from mind.config import MindConfig
+from mind.evaluate.command import _parser as evaluate_parser
+from mind.generate.command import GenerateConfig
+from mind.generate.command import parse as parse_generate
 
 CPU = ["--use_cpu"]
 
@@ -57,6 +60,7 @@ def test_values_of_the_file_are_typed_as_flags_are(tmp_path: Path) -> None:
         report_to: none
         use_cpu: true
         logging_first_step: no
+        dataloader_pin_memory: no
         max_steps: 7
         save_total_limit: null
         golden_perspective: ~
@@ -70,6 +74,7 @@ def test_values_of_the_file_are_typed_as_flags_are(tmp_path: Path) -> None:
     run, config = parse_train(["--config", path])
     assert config.learning_rate == 1e-4 and config.save_strategy == "no" and config.report_to == []
     assert config.use_cpu is True and config.logging_first_step is False and config.max_steps == 7
+    assert config.dataloader_pin_memory is False
     assert config.save_total_limit is None and config.golden_perspective is None
     assert config.lr_scheduler_kwargs == {"num_cycles": 0.4}
     assert config.include_for_metrics == ["inputs", "loss"]
@@ -127,6 +132,97 @@ def test_flags_that_cannot_be_used(arguments: list[str], message: str, capsys: p
     assert main(["train", *arguments, *CPU]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"mind: error: {message}") and error.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files of mind generate and mind evaluate
+
+
+def test_generate_reads_a_file(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """
+        data: questions.jsonl
+        output: out.jsonl
+        teacher: model
+        base_url: http://localhost:8000/v1
+        api_key_env: KEY_OF_MINE
+        extra_body: {top_p: 0.9, max_tokens: null}
+        temperature: 7e-1
+        target_size: ~
+        disable_tqdm: yes
+        """,
+    )
+    config = parse_generate(["--config", path, "--teacher", "other"])
+    assert config == GenerateConfig(
+        "questions.jsonl",
+        "out.jsonl",
+        "other",
+        base_url="http://localhost:8000/v1",
+        api_key_env="KEY_OF_MINE",
+        extra_body='{"top_p": 0.9, "max_tokens": null}',
+        temperature=0.7,
+        disable_tqdm=True,
+    )
+    # What is required may stand in the file, on the command line, or partly in each; what is missing is named.
+    with pytest.raises(UsageError, match=r"^the following arguments are required: --output, --teacher$"):
+        parse_generate(["--config", write(tmp_path, "data: questions.jsonl")])
+
+
+def test_every_setting_of_generate_is_a_key(tmp_path: Path) -> None:
+    values = {
+        "engine": "server",
+        "base_url": "http://localhost/v1",
+        "extra_body": "'{}'",
+        "answer_suffix": "is {answer}",
+    }
+    values |= {"easy_difficulty": 1, "easy_share": 1, "temperature": 1, "disable_tqdm": True}
+    text = "".join(f"{item.name}: {values.get(item.name, 7)}\n" for item in fields(GenerateConfig))
+    config = parse_generate(["--config", write(tmp_path, text)])
+    unread = [item.name for item in fields(GenerateConfig) if getattr(config, item.name) == item.default]
+    assert unread == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tutor: m", ":1: 'tutor' is not a setting, see mind generate --help"),
+        ("seed: 0\nteachr: m", ":2: 'teachr' is not a setting, did you mean 'teacher'?"),
+        ("timeout: long", ":1: argument --timeout: invalid float value: 'long'"),
+        ("seed: null", ":1: seed: given null, want a value"),
+        ("copy_prompts: folder", ":1: 'copy_prompts' is not a setting"),
+        ("data: {", "is not YAML: "),
+        ("api_key: sk-123", ":1: 'api_key': a key does not belong in a file, want it in the environment variable that"),
+        ("OPENAI_API_KEY: sk-123", ":1: 'OPENAI_API_KEY': a key does not belong in a file"),
+        ("judge_key: sk-123", ":1: 'judge_key': a key does not belong in a file"),
+        (
+            "api_key_env: sk-123",
+            "api_key_env: want the name of an environment variable that holds the key",
+        ),
+    ],
+)
+def test_a_file_that_generate_cannot_use(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data.jsonl").write_text('{"id": "1", "question": "1 + 1?", "answer": "2"}\n')
+    required = ["--data", str(tmp_path / "data.jsonl"), "--output", str(tmp_path / "out.jsonl"), "--teacher", "m"]
+    url = ["--base_url", "http://127.0.0.1:9/v1"]
+    assert main(["generate", "--config", write(tmp_path, text), *required, *url]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mind: error: ") and message in error and error.count("\n") == 1
+    assert "sk-123" not in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "run.yaml"]
+
+
+def test_evaluate_reads_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, "student: a\ndata: [x.jsonl, y.jsonl]\nood_data: z.jsonl\nmax_new_tokens: 9\nlimit: null\n")
+    options = parse_settings(evaluate_parser(), ["--max-new-tokens", "5", "--config", path])
+    assert (options.student, options.data, options.ood_data) == ("a", ["x.jsonl", "y.jsonl"], ["z.jsonl"])
+    assert (options.max_new_tokens, options.limit, options.batch_size) == (5, None, 16)
+    assert main(["evaluate", "--config", write(tmp_path, "ood-data: z.jsonl")]) == 2
+    assert "run.yaml:1: 'ood-data' is not a setting, did you mean 'ood_data'?" in capsys.readouterr().err
+    assert main(["evaluate", "--config", write(tmp_path, "dtype: float8")]) == 2
+    assert "run.yaml:1: argument --dtype: invalid choice: 'float8'" in capsys.readouterr().err
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

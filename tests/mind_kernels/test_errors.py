@@ -111,6 +111,10 @@ CROSS_ENTROPY = {
     "softcap": (replace(logit_softcap=-1.0), ValueError, r"logit_softcap: given -1.0, wanted None or"),
     "budget": (replace(max_logits_bytes=0), ValueError, r"max_logits_bytes: given 0, wanted None or a positive"),
     "budget-row": (replace(max_logits_bytes=27), ValueError, r"max_logits_bytes: given 27, wanted at least 28"),
+    "scale-text": (replace(logit_scale="1"), TypeError, r"logit_scale: given str, wanted a number"),
+    "scale-tensor": (replace(logit_scale=torch.tensor(1.0)), TypeError, r"logit_scale: given Tensor, wanted a number"),
+    "softcap-text": (replace(logit_softcap="30"), TypeError, r"logit_softcap: given str, wanted a number"),
+    "budget-float": (replace(max_logits_bytes=1e9), TypeError, r"max_logits_bytes: given float, wanted None or an int"),
     "backend": (replace(backend="cuda"), ValueError, r"backend: given 'cuda', wanted one of 'auto', 'torch', 'triton'"),
     "seqlens-end": (
         packed([0, 4, 8, 12, 16, 20, 23]),
@@ -182,6 +186,12 @@ def test_mind_loss(case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["consistency_weight", "kl_weight", "num_questions", "temperature", "beta"])
+def test_what_is_no_number(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{name}: given str, wanted a number$"):
+        mind_loss(**good() | {"divergence": "jsd", name: "1"})
+
+
 def topk(logprobs: Any, ids: Any = None) -> Callable[[], TeacherTopK]:
     values = torch.tensor(logprobs).expand(B, K, T, -1)
     indices = torch.arange(values.shape[-1]) if ids is None else torch.tensor(ids)
@@ -237,6 +247,36 @@ TEACHERS = {
         lambda: TeacherTopK(torch.zeros(B, K, T, 2), torch.zeros(B, K, T, 2)),
         TypeError,
         r"teacher.token_ids: given torch.float32, wanted",
+    ),
+    "vocab-size-float": (
+        lambda: TeacherLogits(torch.randn(B, K, T, V), vocab_size=5.0),  # type: ignore[arg-type]
+        TypeError,
+        r"teacher.vocab_size: given float, wanted None or an int",
+    ),
+    "hidden-scalar": (
+        lambda: TeacherHidden(torch.tensor(1.0), torch.randn(V, 2)),
+        ValueError,
+        r"teacher.hidden_states: given shape \(\), wanted \(..., H_t\)",
+    ),
+    "head-device": (
+        lambda: TeacherHidden(torch.randn(B, K, T, 2), torch.randn(V, 2, device="meta")),
+        ValueError,
+        r"teacher.lm_head_weight: given on meta, wanted on cpu as teacher.hidden_states",
+    ),
+    "bias-device": (
+        lambda: TeacherHidden(torch.randn(B, K, T, 2), torch.randn(V, 2), torch.randn(V, device="meta")),
+        ValueError,
+        r"teacher.lm_head_bias: given on meta, wanted on cpu as teacher.hidden_states",
+    ),
+    "topk-device": (
+        lambda: TeacherTopK(torch.zeros(B, K, T, 2, dtype=torch.int64, device="meta"), torch.zeros(B, K, T, 2)),
+        ValueError,
+        r"teacher.token_ids: given on meta, wanted on cpu as teacher.logprobs",
+    ),
+    "topk-list": (
+        lambda: TeacherTopK([[0, 1]], torch.zeros(1, 2)),  # type: ignore[arg-type]
+        TypeError,
+        r"teacher.token_ids: given list, wanted a torch.Tensor",
     ),
 }
 
