@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif command == "problems":
             from mind.problems.__main__ import main as problems
 
-            return problems(rest)
+            return problems(rest, prog="mind problems")
         elif command == "generate":
             from mind.generate.command import main as generate
 
@@ -201,6 +201,14 @@ def dataclass_parser(*types: Any, **texts: str) -> Any:
     parser = Parser(types, allow_abbrev=False, **texts)
     add_config_flag(parser)
     return parser
+
+
+def seed(text: str) -> int:
+    """The type of a --seed: what every random generator takes."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"given {value}, want 0 to {2**32 - 1}")
+    return value
 
 
 def add_config_flag(parser: argparse.ArgumentParser) -> None:

@@ -236,6 +236,9 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "problems.jsonl"
     assert main(["problems", "--num-questions", "3", "--output", str(output)]) == 0
     assert len(output.read_text().splitlines()) == 3
+    assert main(["problems", "--num-questions", "3", "--output", str(tmp_path / "no" / "out.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert error == f"mind problems: error: --output: {tmp_path}/no is no folder, want one to write in\n"
 
 
 def test_help_and_problems_do_not_import_torch() -> None:
