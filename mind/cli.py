@@ -279,6 +279,8 @@ def _read_yaml(parser: argparse.ArgumentParser, path: str, namespace: argparse.N
             parsed = parser.parse_args(_as_flag(actions[name].option_strings[0], value))
         except UsageError as error:
             raise UsageError(f"{place}: {error}") from error
+        except (yaml.YAMLError, TypeError) as error:  # a tag that is none of YAML's own; a value that JSON has not
+            raise UsageError(f"{place}: {name}: cannot be read: {error}") from error
         setattr(namespace, name, getattr(parsed, name))
 
 
