@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif command == "problems":
             from mind.problems.__main__ import main as problems
 
-            return problems(rest)
+            return problems(rest, prog="mind problems")
         elif command == "generate":
             from mind.generate.command import main as generate
 
@@ -203,6 +203,14 @@ def dataclass_parser(*types: Any, **texts: str) -> Any:
     return parser
 
 
+def seed(text: str) -> int:
+    """The type of a --seed: what every random generator takes."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"given {value}, want 0 to {2**32 - 1}")
+    return value
+
+
 def add_config_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings by name; the flags win over it.")
 
@@ -271,6 +279,8 @@ def _read_yaml(parser: argparse.ArgumentParser, path: str, namespace: argparse.N
             parsed = parser.parse_args(_as_flag(actions[name].option_strings[0], value))
         except UsageError as error:
             raise UsageError(f"{place}: {error}") from error
+        except (yaml.YAMLError, TypeError) as error:  # a tag that is none of YAML's own; a value that JSON has not
+            raise UsageError(f"{place}: {name}: cannot be read: {error}") from error
         setattr(namespace, name, getattr(parsed, name))
 
 

@@ -164,6 +164,7 @@ class MindConfig(TrainingArguments):
             self._want(name, getattr(self, name) >= 0, "a number that is not negative")
         for name in ("assistant_dropout", "lora_dropout", "loss_ema", "gradient_tolerance"):
             self._want(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        self._want("seed", 0 <= self.seed < 2**32, f"0 to {2**32 - 1}")
         self._want("beta", 0 <= self.beta <= 1, "a number in [0, 1]")
         self._want("kl_beta", 0 < self.kl_beta < 1, "a number in (0, 1)")
         self._want("max_logits_bytes", self.max_logits_bytes is None or self.max_logits_bytes > 0, "a positive number")

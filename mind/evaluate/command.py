@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mind.cli import CommandParser, UsageError, add_config_flag, parse_settings
+from mind.cli import CommandParser, UsageError, add_config_flag, parse_settings, seed
 from mind.prompting import PromptFormat
 
 _MEASURING = ("instruction", "max_new_tokens", "batch_size", "limit", "dtype", "device", "backend", "seed")
@@ -110,7 +110,7 @@ def _parser() -> CommandParser:
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="Default float32.")
     add("--device", help="cpu, cuda, cuda:1 …; default the GPU where there is one.")
     add("--backend", choices=("hf", "vllm"), default="hf", help="transformers, or vLLM where it is installed.")
-    add("--seed", type=int, default=0, help="Of the bootstrap (default 0).")
+    add("--seed", type=seed, default=0, help="Of the bootstrap (default 0).")
     return parser
 
 

@@ -230,7 +230,10 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         }
         rows = _select(config, records, prompts, verdicts, difficulties)
         if not rows:
+            right = sum(verdict.reason is None for verdict in verdicts.values())
             told = count_reasons(verdict.reason for verdict in verdicts.values()) or "none is answered"
+            if right:
+                told = f"{right} are right, and the rule keeps none of their questions, which are easy: {_rule(config)}"
             raise GenerateError(
                 f"{files.output}: not written: of {len(records) * len(prompts)} rationales none is right and kept "
                 f"({told}); what the model wrote is in {files.ledger}"

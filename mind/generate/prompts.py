@@ -53,11 +53,14 @@ def read_prompts(folder: str | os.PathLike[str] | None = None) -> dict[str, str]
 def copy_prompts(folder: str | os.PathLike[str]) -> None:
     """Copies the packaged prompts into a new folder, to be edited.
 
-    Raises: GenerateError when the folder is there already.
+    Raises: GenerateError when the folder is there already or cannot be made.
     """
     if os.path.exists(folder):
         raise GenerateError(f"copy_prompts: {folder} exists already, want a new folder")
-    shutil.copytree(PROMPTS, folder)
+    try:
+        shutil.copytree(PROMPTS, folder)
+    except OSError as error:
+        raise GenerateError(f"copy_prompts: {folder} cannot be made: {error.strerror or error}") from error
 
 
 def fill(prompt: str, values: Mapping[str, str]) -> str:

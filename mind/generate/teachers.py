@@ -310,6 +310,9 @@ class LocalTeacher:
             raise GenerateError(f"teacher {self.model!r}: its tokenizer has no chat template, want an instruct model")
         if self.sampling.top_logprobs and self.sampling.student is not None:
             self.sampling.student.check_vocabulary(self.model, tokenizer)
+        wanted, tokens = self.sampling.top_logprobs, model.get_output_embeddings().weight.shape[0]
+        if wanted > tokens:
+            raise GenerateError(f"top_logprobs: given {wanted}, want at most {tokens}, the tokens of {self.model!r}")
         model = torch.nn.Module.to(model, "cuda" if on_gpu else "cpu").eval()
         self._configure(model, tokenizer)
         torch.manual_seed(self.seed)

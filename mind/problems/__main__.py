@@ -35,9 +35,9 @@ def write_jsonl(records: Sequence[dict[str, Any]], output: Path) -> None:
         raise
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m mind.problems") -> int:
     """Run the command line; returns the exit status (2 for bad input, with one line on stderr)."""
-    parser = _OneLineParser(prog="python -m mind.problems", description="Generate eight-perspective word problems.")
+    parser = _OneLineParser(prog=prog, description="Generate eight-perspective word problems.")
     parser.add_argument("--num-questions", type=int, required=True, help="how many questions, each with 8 rationales")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same questions (default 0)")
     parser.add_argument("--split", choices=SPLITS, default="train", help="they never share parameters (default train)")
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.output.exists():
             raise FileExistsError(f"--output: {options.output} exists already and is not overwritten")
+        if not options.output.parent.is_dir():
+            raise NotADirectoryError(f"--output: {options.output.parent} is no folder, want one to write in")
         write_jsonl(generate_records(options.num_questions, seed=options.seed, split=options.split), options.output)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from mind.cli import CommandParser, UsageError
+from mind.cli import CommandParser, UsageError, seed
 from mind.evaluate.command import add_answer_flags
 from mind.prompting import PromptFormat
 from mind.report.files import read_runs
@@ -86,5 +86,5 @@ def _parser() -> CommandParser:
     add("--data", metavar="FILE", help="JSONL of the questions that the students of --latent answer.")
     add("--limit", type=int, help="Only the first so many of these questions.")
     add_answer_flags(parser, max_new_tokens=192)
-    add("--seed", type=int, default=0, help="Of the mixture and of t-SNE (default 0).")
+    add("--seed", type=seed, default=0, help="Of the mixture and of t-SNE (default 0).")
     return parser

@@ -127,6 +127,7 @@ def test_heldout_questions(inputs: Path, tmp_path: Path, capsys: pytest.CaptureF
         ({"student": "no/such"}, "student 'no/such' cannot be loaded: "),
         ({"encoder": "no/such"}, "encoder 'no/such' cannot be found: "),
         ({"data": "no.jsonl"}, "no.jsonl: no such file or folder"),
+        ({"seed": -1}, "seed: given -1, want 0 to 4294967295"),
         ({"learning_rate": -1}, "learning_rate: given -1.0, want a number that is not negative"),
         ({"save_strategy": "best"}, "save_strategy: given 'best', want no, steps or epoch: "),
         (

@@ -105,6 +105,11 @@ def test_flags_win_over_the_file(first: bool, tmp_path: Path) -> None:
         ("method: magic", ":1: argument --method: invalid choice: 'magic'"),
         ("beta: null", ":1: beta: given null, want a value"),
         ("beta: [0.1, 0.2]", ":1: beta: given a list, want one value"),
+        ("lr_scheduler_kwargs: {a: 2026-11-23}", ":1: lr_scheduler_kwargs: cannot be read: Object of type date is not"),
+        (
+            "include_for_metrics: [!mine 1]",
+            ":1: include_for_metrics: cannot be read: could not determine a constructor",
+        ),
         ("- beta", "holds no mapping, want lines of the form setting: value"),
         ("beta: {", "is not YAML: "),
     ],
@@ -236,6 +241,9 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "problems.jsonl"
     assert main(["problems", "--num-questions", "3", "--output", str(output)]) == 0
     assert len(output.read_text().splitlines()) == 3
+    assert main(["problems", "--num-questions", "3", "--output", str(tmp_path / "no" / "out.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert error == f"mind problems: error: --output: {tmp_path}/no is no folder, want one to write in\n"
 
 
 def test_help_and_problems_do_not_import_torch() -> None:

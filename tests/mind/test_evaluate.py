@@ -325,6 +325,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ({"limit": 0}, "limit: given 0, want at least 1"),
         ({"device": "tpu9"}, "device: given 'tpu9', want cpu, cuda or cuda:0"),
         ({"backend": "vllm"}, "--backend vllm: vLLM is not installed"),
+        ({"seed": -1}, "argument --seed: given -1, want 0 to 4294967295"),
         ({"backend": "tgi"}, "argument --backend: invalid choice: 'tgi'"),
         ({"answer-suffix": "{answer}"}, "answer_suffix must have text before"),
     ],

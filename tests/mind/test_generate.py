@@ -167,6 +167,13 @@ def test_easy_questions_are_down_sampled(tmp_path: Path) -> None:
         assert len(server.bodies) == 32
 
 
+def test_a_rule_that_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with loopback(solve) as server:
+        told = refused(tmp_path, capsys, server.url, easy_share=0)
+    assert "(32 are right, and the rule keeps none of their questions, which are easy: difficulty: " in told
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_a_model_judges_free_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     questions = [

@@ -288,6 +288,7 @@ def test_local_log_probabilities(tiny: Path) -> None:
         ("no_template", {}, "its tokenizer has no chat template, want an instruct model"),
         ("tiny", {"max_tokens": 1000}, "question 'q0': "),
         ("absent", {}, "want smollm2-135m or gemma3-270m, a Hugging Face causal LM folder"),
+        ("tiny", {"top_logprobs": 301, "student": "tiny"}, "top_logprobs: given 301, want at most 300, the tokens of "),
         ("tiny", {"top_logprobs": 3, "student": "no/such"}, "student: the tokenizer of 'no/such' cannot be loaded"),
     ],
 )
@@ -300,6 +301,8 @@ def test_local_models_that_cannot_be_used(
     request: pytest.FixtureRequest,
 ) -> None:
     name = "nobody/nothing" if teacher == "absent" else request.getfixturevalue(teacher)
+    if changes.get("student") == "tiny":
+        changes = changes | {"student": name}
     capsys.readouterr()
     assert main(command(folder, "", **settings(folder, name, base_url=None, **changes))) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]

@@ -47,6 +47,12 @@ def test_built_in_prompts() -> None:
     assert "Is {answer_line} text?" in filled and filled.endswith("The answer is ….")
 
 
+def test_prompts_that_cannot_be_copied(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GenerateError, match=r"copy_prompts: .*file/prompts cannot be made: Not a directory"):
+        copy_prompts(tmp_path / "file" / "prompts")
+
+
 def test_an_extra_perspective_is_an_extra_file(tmp_path: Path) -> None:
     copy_prompts(tmp_path / "mine")
     (tmp_path / "mine" / "by_drawing.txt").write_text("Draw: {question}\n{answer_line}\n")

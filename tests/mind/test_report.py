@@ -234,6 +234,7 @@ def test_arguments_that_cannot_be_used(runs: Path, tmp_path: Path, capsys: pytes
         ([*latent, "--latent", "a=x", "a=y"], "the name a is given twice"),
         ([*latent, "--limit", "0"], "--limit: given 0, want at least 1"),
         ([*latent, "--latent", f"a={student}", f"b={student}", "--limit", "3"], "want at least 8 answers"),
+        ([*latent, "--latent", f"a={student}", "b=no/such", "--seed", "-1"], "argument --seed: given -1, want 0 to"),
         ([*latent, "--latent", f"a={student}", "b=no/such"], "student 'no/such' cannot be loaded"),
         ([*latent, "--latent", f"a={student}", f"b={student}", "--max-new-tokens", "500"], "exceed the model's"),
     ):
