@@ -280,7 +280,7 @@ def test_second_order_gradient_is_an_error() -> None:
 
 
 def test_second_order_gradient_of_a_kl_on_logits_is_an_error() -> None:
-    """An error at once: with a penalty on the gradient, loss + penalty would be differentiable, the penalty a constant."""
+    """An error at once: in loss + penalty on the gradient, the penalty would pass for a constant."""
     logits = torch.randn(4, 7, requires_grad=True)
     loss, _ = ta_weighted_kl(logits, TeacherLogits(torch.randn(4, 7)))
     with pytest.raises(RuntimeError, match=r"given create_graph=True, wanted False: there is no second derivative"):

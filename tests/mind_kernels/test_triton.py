@@ -255,7 +255,7 @@ def test_log_softmax(shape: tuple[int, ...], S: int, dtype: torch.dtype, tempera
 
 
 def test_log_softmax_has_no_second_derivative() -> None:
-    logits = randn(2, 3, 41).requires_grad_()
+    logits = randn(2, 3, 41).float().requires_grad_()
     log_probs = multi_rationale_log_softmax(logits, backend="triton")
     with pytest.raises(RuntimeError, match=r"given create_graph=True, wanted False: there is no second derivative"):
         torch.autograd.grad(log_probs.sum(), logits, create_graph=True)
