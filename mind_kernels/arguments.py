@@ -44,6 +44,15 @@ def product_dtype(hidden_states: Tensor) -> torch.dtype:
     return hidden_states.dtype
 
 
+def refuse_second_derivative() -> None:
+    """Called by a backward, whose gradients were made in forward: differentiated again they would pass for constants.
+
+    Raises: RuntimeError under create_graph=True, the one case in which gradients are recorded within a backward.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("backward: given create_graph=True, wanted False: there is no second derivative")
+
+
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)

@@ -105,7 +105,7 @@ def write_report(runs: Sequence[Run], output: str | os.PathLike[str], latent: La
 
     runs: as `read_runs` returns them.
 
-    Raises: ValueError when `output` is a file.
+    Raises: ValueError when `output` is a file or cannot be made.
     """
     if os.path.exists(output) and not os.path.isdir(output):
         raise ValueError(f"output: {output} is a file, want a folder")
@@ -126,7 +126,10 @@ def write_report(runs: Sequence[Run], output: str | os.PathLike[str], latent: La
     template = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(TEMPLATE)
     html = template.render(runs=[summary(run, colour_of(runs, run)) for run in runs], rows=ROWS, sections=sections)
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output: {output} cannot be made: {error.strerror}") from error
     for section in sections:
         write_whole(folder / section.file, section.image)
     write_whole(folder / PAGE_FILE, html)

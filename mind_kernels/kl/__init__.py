@@ -54,7 +54,8 @@ def ta_weighted_kl(
     D_r in nats per token (τ^p included), in the shape of the weights. Both fp32 (fp64 for fp64).
 
     Peak extra memory: the gradient of student_logits, and a block of a few MiB.
-    Raises: ValueError or TypeError naming the argument, what was given and what is wanted.
+    Raises: ValueError or TypeError naming the argument, what was given and what is wanted. Its backward pass
+    RuntimeError under create_graph=True: there is no second derivative.
     Source: as fused_linear_kl.
     """
     check_floating("student_logits", student_logits)

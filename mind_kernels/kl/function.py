@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mind_kernels.arguments import Rationales
+from mind_kernels.arguments import Rationales, refuse_second_derivative
 from mind_kernels.kl.call import KLCall
 from mind_kernels.kl.torch_path import torch_divergences
 from mind_kernels.teacher_rows import KLOptions
@@ -48,8 +48,8 @@ class _TAWeightedKL(torch.autograd.Function):
         return loss, rationale_losses
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        refuse_second_derivative()
         logits, rationale_weights, losses = ctx.saved_tensors
         grad_logits, ctx.grad_logits = ctx.grad_logits, None
         grad_weights = None

@@ -38,7 +38,8 @@ def multi_rationale_log_softmax(
     fp32 (fp64 for fp64).
     Peak extra memory: the result, and with "torch" an fp32 copy of logits when temperature is not 1 or with token_ids.
     The gradient of selected tokens is made in fp32, 4 bytes an element of logits, before it is rounded.
-    Raises: ValueError or TypeError naming the argument, what was given and what is wanted.
+    Raises: ValueError or TypeError naming the argument, what was given and what is wanted. With "triton" the backward
+    pass RuntimeError under create_graph=True: only "torch" has a second derivative.
     """
     check_floating("logits", logits)
     require(logits.ndim >= 2, f"logits: given shape {tuple(logits.shape)}, wanted (..., K, V)")

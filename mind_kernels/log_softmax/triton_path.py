@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mind_kernels.arguments import refuse_second_derivative
 from mind_kernels.cross_entropy.triton_path import block_size
 from mind_kernels.triton_math import LOWEST, online_sum
 
@@ -118,8 +119,8 @@ class _LogSoftmax(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
+        refuse_second_derivative()
         logits, lse, ids = ctx.saved_tensors
         K, V = logits.shape[-2:]
         grad_out = grad_out.contiguous()

@@ -229,6 +229,7 @@ def test_arguments_that_cannot_be_used(runs: Path, tmp_path: Path, capsys: pytes
         (["--latent", f"a={student}"], "--latent and --data: want both"),
         ([run, "--data", data], "--latent and --data: want both"),
         ([run, "--output", str(tmp_path / "file")], "file is a file, want a folder"),
+        ([run, "--output", str(tmp_path / "file" / "a")], "file/a cannot be made: Not a directory"),
         (latent, "latent: given 1 student, want at least two"),
         ([*latent, "--latent", student, "b=x"], "want NAME=STUDENT"),
         ([*latent, "--latent", "a=x", "a=y"], "the name a is given twice"),

@@ -279,6 +279,14 @@ def test_second_order_gradient_is_an_error() -> None:
         gradient.sum().backward()
 
 
+def test_second_order_gradient_of_a_kl_on_logits_is_an_error() -> None:
+    """An error at once: in loss + penalty on the gradient, the penalty would pass for a constant."""
+    logits = torch.randn(4, 7, requires_grad=True)
+    loss, _ = ta_weighted_kl(logits, TeacherLogits(torch.randn(4, 7)))
+    with pytest.raises(RuntimeError, match=r"given create_graph=True, wanted False: there is no second derivative"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+
+
 def test_backward_hands_the_weight_gradient_over_without_a_copy() -> None:
     case = random_case(1, 2, 4, 8, 31, 1).to(torch.float32)
     loss = call_mind_loss(case).loss

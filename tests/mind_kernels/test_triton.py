@@ -254,6 +254,13 @@ def test_log_softmax(shape: tuple[int, ...], S: int, dtype: torch.dtype, tempera
         assert_as_good_as_plain(name, given[name], plain[name], exact[name], factor=1.5, floor=FLOOR[dtype])
 
 
+def test_log_softmax_has_no_second_derivative() -> None:
+    logits = randn(2, 3, 41).float().requires_grad_()
+    log_probs = multi_rationale_log_softmax(logits, backend="triton")
+    with pytest.raises(RuntimeError, match=r"given create_graph=True, wanted False: there is no second derivative"):
+        torch.autograd.grad(log_probs.sum(), logits, create_graph=True)
+
+
 # --- public functions --------------------------------------------------------------------------------------------
 
 
