@@ -60,8 +60,8 @@ def read_state(checkpoint: str, wanted: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{checkpoint}: orders its perspectives {', '.join(given)}, want {', '.join(names)}")
     if state["method"] != wanted["method"]:
         raise ValueError(f"{checkpoint}: was trained with method {state['method']!r}, want {wanted['method']!r}")
-    if state["lora_r"] != wanted["lora_r"]:
-        given, now = ("no LoRA" if r is None else f"LoRA of rank {r}" for r in (state["lora_r"], wanted["lora_r"]))
+    if state.get("lora_r") != wanted["lora_r"]:
+        given, now = ("no LoRA" if r is None else f"LoRA of rank {r}" for r in (state.get("lora_r"), wanted["lora_r"]))
         raise ValueError(f"{checkpoint}: was trained with {given}, want {now} as use_lora and lora_r say")
     if state["question_ids"] != wanted["question_ids"]:
         count = len(state["question_ids"])

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mind_kernels.arguments import product_dtype, without_autocast
+from mind_kernels.arguments import product_dtype, refuse_second_derivative, without_autocast
 from mind_kernels.chunking import Chunk, plan_chunks
 from mind_kernels.plan import RowLosses, SweepOptions, make_plan
 from mind_kernels.pruning import ChunkColumns, GradientPruning, choose_columns, most_kept
@@ -259,8 +259,8 @@ class _LinearLoss(torch.autograd.Function):
         return tuple(losses)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         result, ctx.result = ctx.result, None
         tensors = ctx.saved_tensors
         if result is None:
