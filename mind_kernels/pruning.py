@@ -43,7 +43,8 @@ class GradientPruning:
     """What `gradient_tolerance` may say beside the tolerance.
 
     tolerance: in each chunk, the most that the norm of the dropped part may be of the logit gradient's; 0: dense.
-    correction: replace the dropped part by its nearest rank-1 matrix of the same row and column pattern.
+    correction: replace the dropped part by its nearest rank-1 matrix of the same row and column pattern. Leave it on to
+        train: without it the dropped tokens are never told to become less likely (experiments/RESULTS.md).
     prune_weight_gradient: False keeps the product of lm_head_weight's gradient dense.
 
     Raises: ValueError when tolerance is not in [0, 1).
