@@ -12,7 +12,8 @@ checked once, in numbers, when the loss is attached. So no architecture is named
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -189,13 +190,8 @@ class MindAttachment:
             place=rows,
         )
         inputs = {"input_ids": sequences, "attention_mask": torch.ones_like(sequences)}
-        modes = [(module, module.training) for module in self.base.modules()]
-        self.base.eval()  # dropout would tell two runs apart
-        try:
+        with evaluation_mode(self.base):  # dropout would tell two runs apart
             plain, shared = (self.read(inputs, given).flatten(0, 1)[rows] for given in (None, prompts))
-        finally:
-            for module, training in modes:
-                module.training = training
         difference = (plain - shared).abs().max().item()
         allowed = max(1e-4, 8 * torch.finfo(plain.dtype).eps) * plain.abs().max().item()
         if not difference <= allowed:
@@ -257,9 +253,7 @@ class MindAttachment:
         name = type(model).__name__
         input_ids = torch.arange(4, device=model.device).remainder(self.head.out_features)[None]  # (1, 4)
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()  # dropout would tell two runs apart
-        try:
+        with evaluation_mode(model):  # dropout would tell two runs apart
             hidden_states = self.base(**inputs)[0]  # (1, 4, H)
             gain = 50 / (scale * self.head(hidden_states)).abs().max().clamp_min(0.1).item()
             own_hidden_states = []
@@ -274,9 +268,6 @@ class MindAttachment:
                 own_logits = self.original_forward(**inputs).logits.double()  # (1, 4, V)
             finally:
                 handle.remove()
-        finally:
-            for module, training in modes:
-                module.training = training
         if not own_hidden_states:
             raise ValueError(f"model: {name}'s forward does not call its get_decoder(), a {type(self.base).__name__}")
         logits = scale * F.linear(gain * hidden_states, self.head.weight, self.head.bias).double()
@@ -296,6 +287,18 @@ class MindAttachment:
                 f"its head with logit_scale={scale} and logit_softcap={softcap}; wanted equal ones: if another scale "
                 "or cap makes them so, give it as logit_scale= or logit_softcap="
             )
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _unwrap(model: nn.Module) -> PreTrainedModel:

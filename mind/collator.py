@@ -19,7 +19,7 @@ IGNORE_INDEX = -100
 
 
 class SharedPrompts(NamedTuple):
-    """R rationales of Q questions, laid out so that every prompt is read once; see `mind.attach.read`.
+    """R rationales of Q questions, laid out so that every prompt is read once; see `MindAttachment.read`.
 
     prompt_ids, prompt_mask: (Q, T_p) int64, padded on the left.
     target_ids, target_mask: (R, T_t) int64, padded on the right, without each rationale's last token, which predicts

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from mind.attach import evaluation_mode
 from mind.prompting import PromptFormat, answers_match, end_of_turn_id
 
 if TYPE_CHECKING:
@@ -103,11 +104,9 @@ def generation_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 @contextmanager
 def _generating(model: PreTrainedModel, max_new_tokens: int, stop_ids: list[int]) -> Iterator[None]:
     """Evaluation mode and greedy generation settings, put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
     # A PeftModel may generate with its own settings or with those of the model inside.
     inside = model.get_base_model() if isinstance(model, PeftModel) else model
     settings = [(part, part.generation_config) for part in (model, inside)]
-    model.eval()
     for part, _ in settings:
         part.generation_config = GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -117,12 +116,11 @@ def _generating(model: PreTrainedModel, max_new_tokens: int, stop_ids: list[int]
             use_cache=True,
         )
     try:
-        yield
+        with evaluation_mode(model):
+            yield
     finally:
         for part, own in settings:
             part.generation_config = own
-        for module, training in modes:
-            module.training = training
 
 
 def _pad_left(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:

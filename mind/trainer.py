@@ -129,6 +129,8 @@ class MindTrainer(Trainer):
             return teacher
         attachment = attach_mind_loss(nn.Module.to(teacher, self.args.device).eval())
         attachment.detach()
+        if self.args.share_prompt:
+            attachment.check_shared_prompts()
         given_size, wanted_size = attachment.head.out_features, self.model.get_output_embeddings().out_features
         if given_size != wanted_size:
             raise ValueError(f"teacher: has {given_size} tokens in its vocabulary, want the student's {wanted_size}")

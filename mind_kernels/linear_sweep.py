@@ -11,8 +11,8 @@ a chunk (S supervised rows in all; V vocabulary; H hidden size):
 Since the loss is linear in the coefficients and they are known beforehand, gradients are made while the logits are at
 hand: each row's logits are computed once. Three products of 2·S·H·V FLOP each (two when the head is frozen), plus one
 for a TeacherHidden; peak extra memory: the gradients + max_logits_bytes (+ 4·V·H bytes of fp32 accumulator when a
-16-bit weight gradient takes more than one chunk). With gradient_tolerance, dX and dW are of the columns of G that
-matter: see pruning.py.
+16-bit weight gradient takes more than one chunk or is pruned). With gradient_tolerance, dX and dW are of the columns of
+G that matter: see pruning.py.
 
 The host waits for the device only to learn how many rows there are, and not at all when it is told (supervised_index,
 and answer_index on the host). With gradient_tolerance and backend "torch" it also waits once a chunk.

@@ -188,11 +188,12 @@ def choose_columns(
 ) -> Columns | None:
     """The fewest columns that meet the certificate; None where the chunk is better dense.
 
-    Waits for the device to learn how many they are. Of many rows some are asked first: where these alone need more than
-    BREAK_EVEN of the columns, all will, and a student that is sure of nothing pays for no more than the question.
+    Waits for the device to learn how many they are. On a CPU, which need not wait, some of many rows are asked first:
+    where these alone need more than BREAK_EVEN of the columns, all will, and a student that is sure of nothing pays for
+    no more than the question.
     """
     m = len(G)
-    if m >= 8 * SAMPLE_ROWS:
+    if m >= 8 * SAMPLE_ROWS and G.device.type == "cpu":
         some = slice(0, m // SAMPLE_ROWS * SAMPLE_ROWS, m // SAMPLE_ROWS)
         dropped = columns_to_drop(_column_sums(G[some])[0], targets[some], pruning)
         if int(dropped.num_dropped) == 0:

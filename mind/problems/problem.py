@@ -13,6 +13,7 @@ A family is a subclass of `Problem`; an instance is one problem. The subclass sa
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import ClassVar, Self, TypeVar
@@ -41,7 +42,7 @@ Space = Mapping[str, Sequence[int]]  # parameter -> its values
 T = TypeVar("T")
 
 
-class Problem:
+class Problem(ABC):
     """One problem of a family: parameters (name -> integer) and a source of wording."""
 
     family: ClassVar[str]
@@ -59,23 +60,25 @@ class Problem:
 
     # -- what a family defines -------------------------------------------------------------------------------------
 
+    @abstractmethod
     def solve(self) -> None:
-        raise NotImplementedError
+        """Set `answer`, `wrong` and what the texts need, exactly, from the parameters."""
 
     def accepts(self) -> bool:
         """Whether these parameters make a sensible problem (clean answer, realistic size)."""
         return True
 
+    @abstractmethod
     def changes(self) -> Sequence[Mapping[str, int]]:
         """Parameters to change for the counterfactual rationale; one whose answer differs is drawn."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dress(self) -> None:
         """Draw people and things."""
-        raise NotImplementedError
 
+    @abstractmethod
     def question(self) -> str:
-        raise NotImplementedError
+        """The problem in words."""
 
     def worded(self, answer: str) -> str:
         """An answer of `solve` as the story says it; families whose answer is a person or thing look it up here."""

@@ -104,7 +104,7 @@ def mind_loss(
     CE in nats per token, 0 without supervised tokens.
 
     Peak extra memory: the gradients + max_logits_bytes (+ 4·V·H bytes of fp32 accumulator when 16-bit products need
-    more than one chunk).
+    more than one chunk or are pruned).
 
     Raises: ValueError or TypeError naming the argument, what was given and what is wanted.
     Source: MIND (arXiv 2601.03717), equations as in this docstring.

@@ -73,7 +73,7 @@ def fused_linear_cross_entropy(
     supervised token. Both fp32 (fp64 for fp64).
 
     Peak extra memory: the gradients + max_logits_bytes (+ 4·V·H bytes of fp32 accumulator when 16-bit products need
-    more than one chunk). Without a gradient: max_logits_bytes.
+    more than one chunk or are pruned). Without a gradient: max_logits_bytes.
 
     Raises: ValueError or TypeError naming the argument, what was given and what is wanted.
     Source: gradients in the forward pass follow from the loss's linearity; derivation in this folder's README.md.

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
 import mind.trainer
 from mind.assistant import load_assistant
+from mind.attach import MindAttachment
 from mind.calibration import Calibrator
 from mind.collator import QuestionBatch
 from mind.config import MindConfig
@@ -426,10 +427,12 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
                 assert mine[key] == pytest.approx(theirs[key], rel=2e-4), (mine["step"], key)
 
 
-def test_a_white_box_teacher(tmp_path: Path) -> None:
+@pytest.mark.parametrize("share_prompt", [False, True])
+def test_a_white_box_teacher(share_prompt: bool, tmp_path: Path) -> None:
     """loss = cross-entropy + γ·KL(teacher ‖ student), both parts against plain logits."""
     student, teacher = tiny_student(), tiny_student(seed=5, hidden_size=16, num_attention_heads=2)
-    trainer = make_trainer(tmp_path, student, method="single_path", max_steps=1, kl_weight=0.7, teacher=teacher)
+    changes = {"method": "single_path", "kl_weight": 0.7, "share_prompt": share_prompt}
+    trainer = make_trainer(tmp_path, student, max_steps=1, teacher=teacher, **changes)
     spy = Spy(trainer)
     reference = tiny_student().eval()
     trainer.train()
@@ -441,6 +444,17 @@ def test_a_white_box_teacher(tmp_path: Path) -> None:
     assert entry["kl"] == pytest.approx(total, rel=1e-4)
     assert entry["loss"] == pytest.approx(entry["cross_entropy"] + 0.7 * entry["kl"], rel=1e-5)
     assert "forward" not in vars(teacher)
+
+
+def test_a_teacher_that_reads_otherwise_behind_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = MindAttachment.read
+
+    def wrong(attachment: MindAttachment, inputs: Any, shared_prompts: Any = None) -> Tensor:
+        return read(attachment, inputs, shared_prompts) * (1.0 if shared_prompts is None else 1.01)
+
+    monkeypatch.setattr(MindAttachment, "read", wrong)
+    with pytest.raises(ValueError, match="shared_prompts: what LlamaModel makes of tokens behind its cache differs"):
+        make_trainer(tmp_path, kl_weight=0.7, teacher=tiny_student(seed=5), share_prompt=True)
 
 
 def test_lora_trains_the_adapters_alone(tmp_path: Path) -> None:
