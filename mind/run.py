@@ -3,7 +3,7 @@
 What it leaves in output_dir:
     student/          the trained student (AutoModelForCausalLM.from_pretrained), its tokenizer, the teaching assistant
     metrics.json      the measurements before and after, every held-out answer, seconds of each phase
-    log.jsonl         what each step logged
+    log.jsonl         what each step logged, up to the last checkpoint while the run trains
     perspectives.png  score and loss of each perspective over training
     checkpoint-<n>/   to resume from
 """
@@ -56,7 +56,9 @@ def distil(run: RunArguments, config: MindConfig) -> dict[str, Any]:
         records, heldout = _read_data(run, config)
     with clock("student"):
         student, tokenizer = load_student(run.student)
-        teacher: PreTrainedModel | TopKTeacher | None = None if run.teacher is None else load_student(run.teacher)[0]
+        teacher: PreTrainedModel | TopKTeacher | None = None
+        if run.teacher is not None:
+            teacher, _ = load_student(run.teacher, role="teacher")
     perspectives = perspectives_of(records)
     measured = [record for record in heldout if record.rationales][: run.num_measured]
     measured_on = f"{len(measured)} held-out questions"
@@ -88,6 +90,8 @@ def distil(run: RunArguments, config: MindConfig) -> dict[str, Any]:
     if progress:
         trainer.add_callback(_ProgressBar())
     writes = trainer.is_world_process_zero()
+    if writes:
+        trainer.add_callback(_LogFile())
 
     def measure() -> dict[str, Any]:
         return _measure(trainer, tokenizer, heldout, measured_dataset, run.max_new_tokens, progress)
@@ -300,6 +304,13 @@ class _Clock:
         start = time.perf_counter()
         yield
         self.seconds[phase] = round(time.perf_counter() - start, 1)
+
+
+class _LogFile(TrainerCallback):
+    """log.jsonl goes as far as the last checkpoint, for who looks at a run that trains or was killed."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        write_log(args.output_dir, state.log_history)
 
 
 class _ProgressBar(TrainerCallback):

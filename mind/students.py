@@ -55,11 +55,13 @@ def load_student(
     *,
     dtype: torch.dtype = torch.float32,
     cache_dir: str | os.PathLike[str] | None = None,
+    role: str = "student",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM, every parameter trainable, in `dtype`, and its tokenizer.
 
     name_or_path: a name in BUILTIN_STUDENTS, a Hugging Face folder or a hub id, looked for in that order.
     cache_dir: where dense folders of built-in students are kept, see `cache_root`.
+    role: what an error calls the model.
 
     A tokenizer without a pad token, or with one outside the model's embedding, pads with its EOS token: embeddings are
     never resized. Padding is told by the attention mask and by labels of -100, never by the pad id, so an EOS that
@@ -72,24 +74,24 @@ def load_student(
     if os.sep in name[:1] + name[-1:] or name.startswith((".", "~")) or os.path.exists(source):
         source = os.path.expanduser(source)
         if not os.path.isdir(source):
-            raise ValueError(f"student {name!r}: no such folder, want a folder saved by save_pretrained")
+            raise ValueError(f"{role} {name!r}: no such folder, want a folder saved by save_pretrained")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"student {name!r} cannot be loaded: want {' or '.join(BUILTIN_STUDENTS)}, a Hugging Face causal LM folder "
+            f"{role} {name!r} cannot be loaded: want {' or '.join(BUILTIN_STUDENTS)}, a Hugging Face causal LM folder "
             f"or a hub id ({type(error).__name__}: {reason})"
         ) from error
     model, report = loaded
     absent = sorted(report["missing_keys"])
     if absent:
         raise ValueError(
-            f"student {name!r} lacks {len(absent)} weights of {type(model).__name__}, the first is {absent[0]!r}, "
+            f"{role} {name!r} lacks {len(absent)} weights of {type(model).__name__}, the first is {absent[0]!r}, "
             "want a whole causal LM"
         )
-    _set_pad_token(name, model, tokenizer)
+    _set_pad_token(role, name, model, tokenizer)
     return model, tokenizer
 
 
@@ -160,11 +162,11 @@ def _write_dense(student: BuiltinStudent, folder: Path) -> None:
         shutil.rmtree(source)
 
 
-def _set_pad_token(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _set_pad_token(role: str, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"student {name!r}: its tokenizer has neither a pad token nor an EOS token, want one")
+            raise ValueError(f"{role} {name!r}: its tokenizer has neither a pad token nor an EOS token, want one")
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.generation_config is not None:

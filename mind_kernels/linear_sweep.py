@@ -30,7 +30,7 @@ from mind_kernels.arguments import product_dtype, refuse_second_derivative, with
 from mind_kernels.chunking import Chunk, plan_chunks
 from mind_kernels.plan import RowLosses, SweepOptions, make_plan
 from mind_kernels.pruning import ChunkColumns, GradientPruning, choose_columns, most_kept
-from mind_kernels.reduction import statistics_dtype
+from mind_kernels.reduction import statistics_dtype, weighted_sum
 from mind_kernels.teacher_rows import TILE, TeacherRows, has_wide_products, project
 from mind_kernels.teachers import TeacherHidden
 from mind_kernels.torch_rows import TorchRows
@@ -222,7 +222,7 @@ def linear_loss_and_gradients(
         # ∂loss/∂w_r = (CE_r + kl_weight·KL_r + consistency_weight·Σ_j w_j·JSD_rj) / num_questions
         grad_weights = options.cross_entropy_weight * result.cross_entropy + options.kl_weight * result.kl
         grad_weights = grad_weights / options.num_questions
-        loss = weights.dot(grad_weights)
+        loss = weighted_sum(weights, grad_weights)
         consistency = weights.new_zeros(())
         if result.jsd is not None:
             alpha = weights.view(result.jsd.shape[:2])

@@ -11,6 +11,11 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def weighted_sum(weights: Tensor, losses: Tensor) -> Tensor:  # (R,), (R,) -> ()
+    """Σ_r w_r·L_r with 0·inf = 0: a deselected rationale adds nothing, however far the teacher is."""
+    return weights.dot(losses.masked_fill((weights == 0) & losses.isinf(), 0.0))
+
+
 class RationaleReduction:
     """weight (N,): ∂(Σ_r w_r·L_r)/∂(loss of row n), 0 for a row that is not supervised.
 

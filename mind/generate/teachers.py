@@ -305,9 +305,9 @@ class LocalTeacher:
         from mind.students import load_student
 
         on_gpu = torch.cuda.is_available()
-        model, tokenizer = load_student(self.model, dtype=torch.bfloat16 if on_gpu else torch.float32)
+        model, tokenizer = load_student(self.model, dtype=torch.bfloat16 if on_gpu else torch.float32, role="model")
         if not tokenizer.chat_template:
-            raise GenerateError(f"teacher {self.model!r}: its tokenizer has no chat template, want an instruct model")
+            raise GenerateError(f"model {self.model!r}: its tokenizer has no chat template, want an instruct model")
         if self.sampling.top_logprobs and self.sampling.student is not None:
             self.sampling.student.check_vocabulary(self.model, tokenizer)
         wanted, tokens = self.sampling.top_logprobs, model.get_output_embeddings().weight.shape[0]

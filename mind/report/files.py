@@ -126,7 +126,7 @@ def read_log(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ValueError(
-            f"{path}: cannot be read: {error.strerror}; want a run of mind train that came to its end"
+            f"{path}: cannot be read: {error.strerror}; want a run of mind train that reached a checkpoint"
         ) from error
     except ValueError as error:
         raise ValueError(f"{path}: is not UTF-8: {error}") from error

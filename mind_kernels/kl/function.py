@@ -10,6 +10,7 @@ from torch import Tensor
 from mind_kernels.arguments import Rationales, refuse_second_derivative
 from mind_kernels.kl.call import KLCall
 from mind_kernels.kl.torch_path import torch_divergences
+from mind_kernels.reduction import weighted_sum
 from mind_kernels.teacher_rows import KLOptions
 from mind_kernels.teachers import Teacher
 
@@ -31,7 +32,7 @@ def kl_loss_and_gradients(
     logits: Tensor, rationale_weights: Tensor, options: KLCall, need_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # Σ_r w_r·D_r, D (R,), ∂loss/∂logits (N, V)
     losses, grad_logits = _divergences(logits, rationale_weights, options, need_gradient)
-    return rationale_weights.reshape(-1).to(losses.dtype).dot(losses), losses, grad_logits
+    return weighted_sum(rationale_weights.reshape(-1).to(losses.dtype), losses), losses, grad_logits
 
 
 class _TAWeightedKL(torch.autograd.Function):

@@ -125,6 +125,7 @@ def test_heldout_questions(inputs: Path, tmp_path: Path, capsys: pytest.CaptureF
         ({"golden_perspective": "poetry"}, "golden_perspective: given 'poetry', want one of formal_symbolic, "),
         ({"method": "magic"}, "argument --method: invalid choice: 'magic'"),
         ({"student": "no/such"}, "student 'no/such' cannot be loaded: "),
+        ({"teacher": "no/such", "kl_weight": 0.5}, "teacher 'no/such' cannot be loaded: "),
         ({"encoder": "no/such"}, "encoder 'no/such' cannot be found: "),
         ({"data": "no.jsonl"}, "no.jsonl: no such file or folder"),
         ({"seed": -1}, "seed: given -1, want 0 to 4294967295"),

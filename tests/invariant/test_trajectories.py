@@ -23,6 +23,7 @@ from mind.calibration import Calibrator
 from mind.collator import QuestionBatch
 from mind.data import EncodedQuestion
 from mind.feedback import Feedback
+from mind.report.files import read_runs
 from mind.trainer import MindTrainer
 
 from ..mind.tiny import PERSPECTIVES, raw_records
@@ -205,7 +206,9 @@ def test_a_run_killed_while_saving_goes_on_from_the_last_whole_checkpoint(
         timeout=120,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-5", "metrics.json", "partial-checkpoint-10"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-5", "log.jsonl", "metrics.json", "partial-checkpoint-10"]
+    (left,) = read_runs([str(tmp_path)])  # mind report shows it up to the checkpoint
+    assert left.history[-1]["step"] == 5 and "after" not in left.metrics
     run(inputs, tmp_path, **RESUME, resume_from_checkpoint="true")
     assert_same_run(whole, tmp_path)
     assert not [name for name in os.listdir(tmp_path) if "partial" in name]

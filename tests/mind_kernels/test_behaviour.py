@@ -495,6 +495,20 @@ def test_excluded_teacher_tokens_count_as_probability_0() -> None:
     assert ta_weighted_kl(z, TeacherLogits(teacher), divergence="reverse")[0] == math.inf
 
 
+def test_an_infinite_divergence_of_weight_0_adds_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(shape, generator=generator) for shape in ((2, 2, 3), (7, 3)))
+    teacher = torch.randn(2, 2, 7, generator=generator)
+    teacher[1, :, 1] = -torch.inf
+    options = {"divergence": "reverse", "rationale_weights": torch.tensor([1.0, 0.0])}
+    labels = torch.zeros(2, 2, dtype=torch.int64)
+    joint, losses = fused_linear_kl(hidden, weight, TeacherLogits(teacher), labels, **options)
+    assert joint == losses[0] and losses[1] == math.inf
+    dense, losses = ta_weighted_kl(hidden @ weight.T, TeacherLogits(teacher), **options)
+    torch.testing.assert_close(dense, joint)
+    assert losses[1] == math.inf
+
+
 def test_topk_of_the_whole_vocabulary_is_the_dense_teacher() -> None:
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(4, 9, generator=generator, dtype=torch.float64, requires_grad=True)
