@@ -39,13 +39,21 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.shapes import GPU_CASES, Case
-from mind_kernels import GradientPruning, TeacherHidden, fused_linear_cross_entropy, mind_loss, record_pruning
+from mind_kernels import (
+    GradientPruning,
+    TeacherHidden,
+    fused_linear_cross_entropy,
+    fused_linear_kl,
+    mind_loss,
+    record_pruning,
+)
 from mind_kernels.cross_entropy.reference import reference_linear_cross_entropy
 from mind_kernels.testing import relative_error, repair_interpreter
 
 MiB = 2**20
 BUDGETS = {"default": None, "128 MiB": 128 * MiB, "1 GiB": 1024 * MiB, "4 GiB": 4096 * MiB}
 K, QUESTIONS, ANSWER_TOKENS = 8, 8, 8
+JSD_HEADS = ("llama-3.1-8b", "dry-run")  # N = 8,192: where others have published times of distillation with JSD
 PRUNED_HEADS = ("qwen2.5-1.5b", "llama-3.1-8b", "dry-run")
 TOLERANCE = 2**-9
 PRUNED_TARGET, FROZEN_TARGET = 0.55, 0.6  # of three products, and of two
@@ -176,6 +184,28 @@ def products(given: Inputs, *, with_weight: bool = True, with_teacher: bool = Fa
     return run
 
 
+def first_half(given: Inputs) -> Inputs:
+    X, teacher = given.X.detach(), given.teacher
+    n = len(X) // 2
+    return Inputs(
+        X[:n].clone().requires_grad_(),
+        given.W,
+        given.labels[:n],
+        TeacherHidden(teacher.hidden_states[:n], teacher.lm_head_weight),
+    )
+
+
+def jsd_alone(given: Inputs) -> Callable[[], None]:
+    """Forward + backward of distillation without a cross-entropy."""
+
+    def run() -> None:
+        loss, _ = fused_linear_kl(given.X, given.W, given.teacher, given.labels, divergence="jsd", backend="triton")
+        loss.backward()
+        given.X.grad = given.W.grad = None
+
+    return run
+
+
 def answer_index(N: int, device: str) -> Tensor:
     """(QUESTIONS, K, A): the last rows of each rationale of N / (QUESTIONS·K) rows."""
     stops = torch.linspace(0, N, QUESTIONS * K + 1).round().long()[1:].view(QUESTIONS, K, 1)
@@ -246,6 +276,9 @@ def measure_head(case: Case, bench: Bench, budgets: dict[str, int | None]) -> di
     selected = torch.full((QUESTIONS, K), 0.2, device=bench.device)
     selected[:, :3] = 0
     some = add("cross-entropy, 3 of 8 at weight 0", "default", step(given, rationale_weights=selected), three)
+    if case.name in JSD_HEADS:
+        fewer = first_half(given)
+        add("JSD alone, half of N", "default", jsd_alone(fewer), bench(products(fewer, with_teacher=True)))
     pruning = None
     if case.name in PRUNED_HEADS:
         pruning = measure_pruning(case, given, index, bench, add, three)
