@@ -10,8 +10,34 @@ from torch import Tensor
 
 # Large enough that the products stay products (1,024 rows at V = 262,144 in bf16), small beside the gradients.
 DEFAULT_MAX_LOGITS_BYTES = 512 * 2**20
-# Elementwise work goes over the logits in blocks that stay in a core's cache between its passes.
-BLOCK_ELEMENTS = 2**19
+# Elementwise work goes over the logits in blocks; on a CPU a thread's share of one, a few fp32 copies of it, stays in
+# its core's cache from pass to pass.
+BLOCK_ELEMENTS = 2**17
+
+
+def block_rows(V: int, device: torch.device, max_logits_bytes: int | None) -> int:
+    """Rows of a block: on a CPU whole ones for each thread, since a row's softmax is the work of one.
+
+    Their fp32 copy takes at most a 64th of the budget; on a device, where each pass is a launch, just that.
+    """
+    budget = DEFAULT_MAX_LOGITS_BYTES if max_logits_bytes is None else max_logits_bytes
+    rows = budget // (64 * 4 * V)
+    if device.type == "cpu":
+        rows = min(rows, max(1, BLOCK_ELEMENTS // V) * torch.get_num_threads())
+    return max(1, rows)
+
+
+class Scratch:
+    """(rows, V) buffers by name, made once: on several cores it costs more to map memory anew than to go over it."""
+
+    def __init__(self, rows: int, V: int, dtype: torch.dtype, device: torch.device):
+        self.numel, self.dtype, self.device = rows * V, dtype, device
+        self.buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, shape: torch.Size) -> Tensor:
+        if name not in self.buffers:
+            self.buffers[name] = torch.empty(self.numel, dtype=self.dtype, device=self.device)
+        return self.buffers[name][: shape.numel()].view(shape)
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mind_kernels.divergences import divergence_and_gradient
+from mind_kernels.chunking import Scratch
+from mind_kernels.divergences import (
+    RowSoftmax,
+    divergence_and_gradient,
+    logits_divergence_and_gradient,
+    row_softmax,
+)
 from mind_kernels.teachers import Teacher, TeacherHidden, TeacherLogits, TeacherTopK
 
 TILE = 8192  # vocabulary rows of a product that is made tile by tile
@@ -31,6 +37,10 @@ class KLOptions:
     @property
     def loss_scale(self) -> float:  # τ_kd^p
         return self.temperature**self.temperature_power
+
+    @property
+    def gradient_scale(self) -> float:  # from dD/d(z/τ_kd) to τ_kd^p·dD/dz
+        return self.temperature ** (self.temperature_power - 1)
 
 
 def project(
@@ -63,13 +73,6 @@ def apply_head_(z: Tensor, logit_scale: float, logit_softcap: float | None) -> N
         z.mul_(logit_scale / logit_softcap).tanh_().mul_(logit_softcap)
 
 
-def log_softmax_(z: Tensor, temperature: float) -> Tensor:
-    """log softmax(z / temperature) over the last axis, written over z."""
-    if temperature != 1.0:
-        z.div_(temperature)
-    return z.sub_(torch.logsumexp(z, -1, keepdim=True))
-
-
 def topk_log_probs(
     teacher_log_probs: Tensor,  # (m, k) at temperature 1, −inf padded
     tail: str,
@@ -95,13 +98,15 @@ def topk_log_probs(
 
 def topk_divergence(
     z: Tensor,  # (m, V) logits
+    student: RowSoftmax | None,  # of z, where it is known
     token_ids: Tensor,  # (m, k)
     teacher_log_probs: Tensor,  # (m, k) −inf padded
     tail: str,
     options: KLOptions,
     need_gradient: bool,
+    scratch: Scratch,
 ) -> tuple[Tensor, Tensor | None]:  # (m,), (m, V)
-    """D over the support plus tail bucket and dD/dz; the teacher's dense row is never built.
+    """D over the support plus tail bucket and dD/d(z/τ); the teacher's dense row is never built.
 
     The tail's gradient is spread by the student's own probabilities: du/dz_v = p_v / p_tail, u the bucket's logit.
     p_tail is summed with the support taken out, since 1 − Σp loses all digits of a small tail.
@@ -120,16 +125,14 @@ def topk_divergence(
         )
         if grad_support is None:
             return loss, None
-        return loss, torch.zeros_like(z).scatter_add_(-1, ids, grad_support.div_(options.temperature))
+        return loss, scratch("teacher", z.shape).zero_().scatter_add_(-1, ids, grad_support)
 
-    row_max = z.amax(-1, keepdim=True)
-    p = torch.sub(z, row_max).exp_()
-    p_support = p.gather(-1, ids).masked_fill_(padded, 0.0)
-    p.scatter_(-1, ids, 0.0)
+    if student is None:
+        student = row_softmax(z, scratch("student", z.shape))
+    p = scratch("teacher", z.shape).copy_(student.probs).scatter_(-1, ids, 0.0)
     p_tail = p.sum(-1, keepdim=True)
-    lse = row_max + torch.log(p_tail + p_support.sum(-1, keepdim=True))
     log_student = torch.cat(
-        [(z_support - lse).masked_fill_(padded, NEG), (torch.log(p_tail) + row_max - lse).clamp_(min=NEG)], -1
+        [student.log_probs(z_support).masked_fill_(padded, NEG), torch.log(p_tail).clamp_(min=NEG)], -1
     )
     loss, grad_buckets = divergence_and_gradient(
         log_teacher, log_student, options.divergence, options.beta, need_gradient
@@ -164,26 +167,33 @@ class TeacherRows:
         start: int,  # of these rows within the chunk
         stop: int,
         need_gradient: bool,
-    ) -> tuple[Tensor, Tensor | None]:  # τ^p·D (m,), τ^p·dD/dz (m, V)
+        scratch: Scratch,
+        student: RowSoftmax | None = None,  # of z, where it is known; left as it is
+    ) -> tuple[Tensor, Tensor | None]:  # τ^p·D (m,), dD/d(z/τ) (m, V) of the columns that the teacher has
+        """The gradient lacks `gradient_scale`, which the caller's own factor takes in, and lies in scratch."""
         options, teacher, dtype = self.options, self.teacher, z.dtype
         if isinstance(teacher, TeacherTopK):
             rows = self.index[start:stop]
             ids = teacher.token_ids.reshape(-1, teacher.token_ids.shape[-1])[rows]
             log_probs = teacher.logprobs.reshape(-1, teacher.logprobs.shape[-1])[rows].to(dtype)
-            loss, grad = topk_divergence(z, ids, log_probs, teacher.tail, options, need_gradient)
-            return loss.mul_(options.loss_scale), None if grad is None else grad.mul_(options.loss_scale)
+            loss, grad = topk_divergence(z, student, ids, log_probs, teacher.tail, options, need_gradient, scratch)
+            return loss.mul_(options.loss_scale), grad
 
         V = z.shape[-1] if teacher.vocab_size is None else teacher.vocab_size
+        is_part = z.shape[-1] != V
+        z = z[:, :V]
+        z_teacher = scratch("teacher logits", z.shape)
         if isinstance(teacher, TeacherLogits):
-            logits = teacher.logits.reshape(-1, teacher.logits.shape[-1])[self.index[start:stop], :V].to(dtype)
+            z_teacher.copy_(teacher.logits.reshape(-1, teacher.logits.shape[-1])[self.index[start:stop], :V])
         else:
-            logits = self.logits[start:stop, :V].to(dtype, copy=True)
-            apply_head_(logits, teacher.logit_scale, teacher.logit_softcap)
-        log_teacher = log_softmax_(logits, options.temperature)
-        log_student = log_softmax_(z[:, :V].clone(), options.temperature)
-        loss, grad = divergence_and_gradient(log_teacher, log_student, options.divergence, options.beta, need_gradient)
-        loss = loss.mul_(options.loss_scale)
-        if grad is None:
-            return loss, None
-        grad.mul_(options.loss_scale / options.temperature)
-        return loss, grad if z.shape[-1] == V else torch.nn.functional.pad(grad, (0, z.shape[-1] - V))
+            z_teacher.copy_(self.logits[start:stop, :V])
+            apply_head_(z_teacher, teacher.logit_scale, teacher.logit_softcap)
+        if options.temperature != 1.0:
+            z = torch.div(z, options.temperature, out=scratch("student logits", z.shape))
+            z_teacher.div_(options.temperature)
+        if student is None or is_part or options.temperature != 1.0:
+            student = row_softmax(z, scratch("student", z.shape))
+        loss, grad = logits_divergence_and_gradient(
+            z_teacher, z, student, options.divergence, options.beta, need_gradient, scratch
+        )
+        return loss.mul_(options.loss_scale), grad

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mind_kernels.chunking import BLOCK_ELEMENTS, Chunk, to_device
-from mind_kernels.divergences import pairwise_jsd_and_gradient
+from mind_kernels.chunking import Chunk, Scratch, block_rows, to_device
+from mind_kernels.divergences import pairwise_jsd_and_gradient, row_softmax
 from mind_kernels.plan import Plan, RowLosses, SweepOptions, Terms
 from mind_kernels.reduction import statistics_dtype
 from mind_kernels.teacher_rows import TeacherRows, apply_head_
@@ -30,57 +30,59 @@ def _block_losses(
     start: int,  # of these rows within the chunk
     pair_weights: Tensor | None,  # (m, m) when these rows are one answer position
     need_gradient: bool,
+    scratch: Scratch,
 ) -> _BlockLosses:
     apply_head_(z, options.logit_scale, options.logit_softcap)
     softcap_slope = None
     if need_gradient and options.logit_softcap is not None:
-        softcap_slope = 1 - (z / options.logit_softcap).square_()  # d/du c·tanh(u/c) = 1 − tanh²
+        # d/du c·tanh(u/c) = 1 − tanh²
+        softcap_slope = torch.div(z, options.logit_softcap, out=scratch("slope", z.shape)).square_().neg_().add_(1)
 
-    kl = jsd = gradient_other = None
+    student = cross_entropy = None
+    if options.cross_entropy_weight != 0:
+        labels = _Labels(terms.labels, z)
+        is_read_again = teacher_rows is not None or pair_weights is not None
+        student = row_softmax(z, scratch("whole student", z.shape) if is_read_again else z)
+        label_log_prob = student.log_probs(labels.logits)
+        cross_entropy = labels.nan_where_invalid(-label_log_prob)
+    kl = jsd = gradient_kl = gradient_pairs = None
     if teacher_rows is not None and terms.kl is not None:
-        kl, gradient_other = teacher_rows.divergence(z, start, start + len(z), need_gradient)
-        if gradient_other is not None:
-            gradient_other.mul_(terms.kl.unsqueeze(-1))
+        kl, gradient_kl = teacher_rows.divergence(z, start, start + len(z), need_gradient, scratch, student)
     if pair_weights is not None:
         jsd, gradient_pairs = pairwise_jsd_and_gradient(torch.log_softmax(z, -1), pair_weights, need_gradient)
-        if gradient_pairs is not None:
-            gradient_other = gradient_pairs if gradient_other is None else gradient_other.add_(gradient_pairs)
+    if not need_gradient:
+        return _BlockLosses(cross_entropy, kl, jsd)
 
-    cross_entropy = None
-    if options.cross_entropy_weight != 0:
-        cross_entropy = _cross_entropy_(z, terms, need_gradient)
-        if need_gradient and gradient_other is not None:
-            z.add_(gradient_other)
-    elif need_gradient:
-        z.zero_() if gradient_other is None else z.copy_(gradient_other)
-    if need_gradient:
-        if softcap_slope is not None:
-            z.mul_(softcap_slope)
-        if options.logit_scale != 1.0:
-            z.mul_(options.logit_scale)
+    if student is None:
+        z.zero_()
+    else:  # coefficient·(softmax(z) − onehot(y)); expm1 keeps the digits of p_y − 1 for a confident student
+        coefficient = terms.cross_entropy.unsqueeze(-1)
+        torch.mul(student.probs, coefficient, out=z)
+        z.scatter_(-1, labels.index, coefficient * torch.expm1(label_log_prob))
+    if gradient_kl is not None and terms.kl is not None:
+        coefficient = (terms.kl * options.kl.gradient_scale).unsqueeze(-1)
+        z[:, : gradient_kl.shape[-1]].addcmul_(gradient_kl, coefficient)
+    if gradient_pairs is not None:
+        z.add_(gradient_pairs)
+    if softcap_slope is not None:
+        z.mul_(softcap_slope)
+    if options.logit_scale != 1.0:
+        z.mul_(options.logit_scale)
     return _BlockLosses(cross_entropy, kl, jsd)
 
 
-def _cross_entropy_(z: Tensor, terms: Terms, need_gradient: bool) -> Tensor:  # (m, V) -> (m,)
-    """CE = lse(z) − z_y per row; z ← coefficient·(softmax(z) − onehot(y)) when need_gradient."""
-    labels, invalid = terms.labels.unsqueeze(-1), None
-    if z.device.type != "cpu":
-        invalid = (terms.labels < 0) | (terms.labels >= z.shape[-1])
-        labels = labels.masked_fill(invalid.unsqueeze(-1), 0)
-    z_label = z.gather(-1, labels)
-    row_max = z.amax(-1, keepdim=True)
-    z.sub_(row_max).exp_()
-    total = z.sum(-1, keepdim=True)
-    label_log_prob = z_label.sub_(row_max).sub_(total.log())
-    if need_gradient:
-        coefficient = terms.cross_entropy.unsqueeze(-1)
-        z.mul_(coefficient / total)
-        # expm1 keeps the digits of p_y − 1 for a confident student.
-        z.scatter_(-1, labels, coefficient * torch.expm1(label_log_prob))
-    cross_entropy = label_log_prob.squeeze(-1).neg()
-    if invalid is not None:
-        cross_entropy.masked_fill_(invalid, math.nan)
-    return cross_entropy
+class _Labels:
+    """index (m, 1) and logits (m, 1). On a device, where looking would wait, an invalid label makes its loss NaN."""
+
+    def __init__(self, labels: Tensor, z: Tensor):
+        self.index, self.invalid = labels.unsqueeze(-1), None
+        if z.device.type != "cpu":
+            self.invalid = (self.index < 0) | (self.index >= z.shape[-1])
+            self.index = self.index.masked_fill(self.invalid, 0)
+        self.logits = z.gather(-1, self.index)
+
+    def nan_where_invalid(self, losses: Tensor) -> Tensor:  # (m, 1) -> (m,)
+        return (losses if self.invalid is None else losses.masked_fill(self.invalid, math.nan)).squeeze(-1)
 
 
 def _blocks(chunk: Chunk, group_offsets: list[int], block_rows: int) -> Iterator[tuple[int, int, int | None]]:
@@ -102,12 +104,11 @@ class TorchRows:
 
     def __init__(self, plan: Plan, options: SweepOptions, V: int, logits_dtype: torch.dtype, losses: RowLosses):
         self.plan, self.options, self.losses = plan, options, losses
-        self.block_rows = max(1, BLOCK_ELEMENTS // V)
-        # 16-bit logits are taken to fp32 block by block; fp32 and fp64 ones are worked on where they are.
-        stats = statistics_dtype(logits_dtype)
-        scratch_rows = max([self.block_rows, *(len(group) for group in plan.groups.rows)])
-        device = plan.terms.labels.device
-        self.scratch = None if logits_dtype == stats else torch.empty(scratch_rows, V, dtype=stats, device=device)
+        self.block_rows = block_rows(V, plan.terms.labels.device, options.max_logits_bytes)
+        stats, device = statistics_dtype(logits_dtype), plan.terms.labels.device
+        self.is_wide = logits_dtype == stats
+        most_rows = max([self.block_rows, *(len(group) for group in plan.groups.rows)])
+        self.scratch = Scratch(most_rows, V, stats, device)
         self.members: Sequence[Tensor] = ()  # of each answer position, on the device
         if plan.groups.members:
             sizes = [len(members) for members in plan.groups.members]
@@ -124,7 +125,8 @@ class TorchRows:
         for start, stop, group in _blocks(chunk, plan.rows.group_offsets, self.block_rows):
             within = slice(start - chunk.start, stop - chunk.start)
             stored = z_chunk[within]
-            z = stored if self.scratch is None else self.scratch[: stop - start].copy_(stored)
+            # 16-bit logits are taken to fp32 block by block; fp32 and fp64 ones are worked on where they are.
+            z = stored if self.is_wide else self.scratch("logits", stored.shape).copy_(stored)
             pairs = None
             if group is not None and plan.pair_weights is not None:
                 members, question = self.members[group], groups.question[group]
@@ -137,6 +139,7 @@ class TorchRows:
                 start - chunk.start,
                 pairs,
                 chunk.needs_gradient,
+                self.scratch,
             )
             if found.cross_entropy is not None:
                 losses.cross_entropy[start:stop] = found.cross_entropy
@@ -147,5 +150,5 @@ class TorchRows:
             if chunk.needs_gradient:
                 if losses.grad_bias is not None:
                     losses.grad_bias.add_(z.sum(0))
-                if self.scratch is not None or G_chunk is not z_chunk:
+                if not self.is_wide or G_chunk is not z_chunk:
                     G_chunk[within] = z

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mind_kernels.chunking import BLOCK_ELEMENTS
+from mind_kernels.chunking import Scratch, block_rows
 from mind_kernels.kl.call import KLCall, teacher_chunk_rows
 from mind_kernels.reduction import RationaleReduction, statistics_dtype
 from mind_kernels.teacher_rows import TeacherRows
@@ -27,8 +27,9 @@ def torch_divergences(
     row_losses = torch.empty(len(rows), dtype=stats, device=logits.device)
     grad_logits = torch.zeros_like(logits) if need_gradient else None
 
-    block_rows = max(1, BLOCK_ELEMENTS // V)
-    chunk_rows, buffer = block_rows, None
+    num_rows = block_rows(V, logits.device, options.max_logits_bytes)
+    scratch = Scratch(num_rows, V, stats, logits.device)
+    chunk_rows, buffer = num_rows, None
     if isinstance(teacher, TeacherHidden):
         head = teacher.lm_head_weight
         chunk_rows = teacher_chunk_rows(head, len(rows), options.max_logits_bytes)
@@ -36,11 +37,13 @@ def torch_divergences(
     for chunk in range(0, len(rows), chunk_rows):
         index = rows[chunk : chunk + chunk_rows]
         teacher_rows = TeacherRows(teacher, options.kl, index, buffer)
-        for start in range(0, len(index), block_rows):
-            stop = min(start + block_rows, len(index))
+        for start in range(0, len(index), num_rows):
+            stop = min(start + num_rows, len(index))
             block = index[start:stop]
-            loss, grad = teacher_rows.divergence(logits[block].to(stats), start, stop, need_gradient)
+            z = scratch("logits", torch.Size([stop - start, V])).copy_(logits[block])
+            loss, grad = teacher_rows.divergence(z, start, stop, need_gradient, scratch)
             row_losses[chunk + start : chunk + stop] = loss
             if grad is not None and grad_logits is not None:
-                grad_logits[block] = grad.mul_(reduce.weight[block].unsqueeze(-1)).to(logits.dtype)
+                coefficient = reduce.weight[block] * options.kl.gradient_scale
+                grad_logits[block, : grad.shape[-1]] = grad.mul_(coefficient.unsqueeze(-1)).to(logits.dtype)
     return reduce(row_losses, rows), grad_logits
