@@ -98,13 +98,13 @@ def topk_log_probs(
 
 def topk_divergence(
     z: Tensor,  # (m, V) logits
-    student: RowSoftmax | None,  # of z, where it is known
     token_ids: Tensor,  # (m, k)
     teacher_log_probs: Tensor,  # (m, k) −inf padded
     tail: str,
     options: KLOptions,
     need_gradient: bool,
     scratch: Scratch,
+    student: RowSoftmax | None = None,  # of z, where it is known
 ) -> tuple[Tensor, Tensor | None]:  # (m,), (m, V)
     """D over the support plus tail bucket and dD/d(z/τ); the teacher's dense row is never built.
 
@@ -176,7 +176,7 @@ class TeacherRows:
             rows = self.index[start:stop]
             ids = teacher.token_ids.reshape(-1, teacher.token_ids.shape[-1])[rows]
             log_probs = teacher.logprobs.reshape(-1, teacher.logprobs.shape[-1])[rows].to(dtype)
-            loss, grad = topk_divergence(z, student, ids, log_probs, teacher.tail, options, need_gradient, scratch)
+            loss, grad = topk_divergence(z, ids, log_probs, teacher.tail, options, need_gradient, scratch, student)
             return loss.mul_(options.loss_scale), grad
 
         V = z.shape[-1] if teacher.vocab_size is None else teacher.vocab_size

@@ -28,6 +28,7 @@ from mind_kernels import (
     multi_rationale_log_softmax,
     ta_weighted_kl,
 )
+from mind_kernels.chunking import Scratch
 from mind_kernels.combined.reference import reference_mind_loss
 from mind_kernels.consistency.reference import reference_answer_consistency
 from mind_kernels.consistency.triton_path import pairwise_jsd
@@ -172,7 +173,9 @@ def test_topk_kernels(divergence: str, tail: str) -> None:
     u = z.double().requires_grad_()
     final = head(u, -1.1, 4.0)
     cross_entropy = F.cross_entropy(final, labels, reduction="none")
-    kl, d_kl = topk_divergence(final.detach(), ids, log_probs, tail, options, True)
+    kl, d_kl = topk_divergence(
+        final.detach(), ids, log_probs, tail, options, True, Scratch(3, 41, torch.float64, final.device)
+    )
     assert d_kl is not None
     d_final = d_kl * kl_coefficient.unsqueeze(-1)
     (wanted,) = torch.autograd.grad(
