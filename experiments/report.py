@@ -3,7 +3,8 @@
     python -m experiments.report [--output experiments/RESULTS.md]
 
 Intervals are 95 % bootstrap intervals over questions; a question's value is the mean over the seeds. A difference is
-paired: the same questions, this method minus the baseline. ± is the standard deviation over seeds.
+paired: the same questions, this method minus the baseline. ± is the standard deviation over seeds. The rank correlation
+of the assistant's scores and the student's losses, within a question, is −1 when perfectly calibrated.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ def methods_section(documents: Sequence[Document], output: Path) -> list[str]:
                 difference = _percent(paired, f"{data} {method}", "+")
             trained = method != UNTRAINED
             logs = [run.get("log", {}) for run in runs]
+            scored = trained and all(log["rank_correlation"] for log in logs)
             rows.append(
                 [
                     f"`{method}`" if trained else method,
@@ -98,6 +100,7 @@ def methods_section(documents: Sequence[Document], output: Path) -> list[str]:
                     f"{100 * np.mean([run['test']['answered'] for run in runs]):.0f}",
                     f"{np.mean([run['steps'] for run in runs]):.0f}" if trained else "–",
                     f"{np.mean([np.mean(log['selected_rationales']) for log in logs]):.2f}" if trained else "–",
+                    f"{np.nanmean([c for log in logs for c in log['rank_correlation']]):.2f}" if scored else "–",
                     f"{np.mean([run['forward_only_tokens'] for run in runs]):,.0f}" if trained else "–",
                 ]
             )
@@ -111,6 +114,7 @@ def methods_section(documents: Sequence[Document], output: Path) -> list[str]:
             "answered, %",
             "steps",
             "selected",
+            "score–loss rank correlation",
             "forward-only tokens",
         ]
         lines += [*table(header, rows), ""]
@@ -118,6 +122,31 @@ def methods_section(documents: Sequence[Document], output: Path) -> list[str]:
         _plot_methods(by_method, output / picture)
         lines += [f"![Held-out loss and accuracy of every method]({picture})", ""]
     return lines
+
+
+def choice_section(documents: Sequence[Document]) -> list[str]:
+    rows = []
+    for document in documents:
+        if "test" not in document:
+            settings = document["settings"]
+            rows.append(
+                [
+                    f"{settings['student']} on {settings['data']}",
+                    f"`{settings['method']}`",
+                    f"{settings['token_budget']:,}",
+                    str(settings["questions_per_step"]),
+                    *(f"{settings[name]:g}" for name in ("learning_rate", "beta", "tau_student")),
+                    str(settings["seed"]),
+                    str(document["steps"]),
+                    f"{document['validation_loss']:.4f}",
+                ]
+            )
+    if not rows:
+        return []
+    header = ["student and data", "method", "trained tokens", "questions a step", "learning rate", "β", "τ_student"]
+    header += ["seed", "steps", "held-out loss, nats/token"]
+    text = "Runs that settings were chosen by, on validation questions that no other table knows of:"
+    return [text, "", *table(header, rows), ""]
 
 
 def _plot_methods(by_method: dict[str, list[Document]], path: Path) -> None:
@@ -268,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     methods, tolerances = read(options.results / "methods"), read(options.results / "gradient_tolerance")
     lines = ["# What the experiments found", "", "Written by `python -m experiments.report`; see README.md.", ""]
     if methods:
-        lines += ["## Methods at equal budgets", "", *methods_section(methods, folder)]
+        lines += ["## Methods at equal budgets", "", *methods_section(methods, folder), *choice_section(methods)]
     if tolerances:
         lines += ["## Training with `gradient_tolerance`", "", *tolerance_section(tolerances, folder)]
     options.output.write_text("\n".join(lines).rstrip() + "\n")
