@@ -10,6 +10,9 @@ from torch import Tensor
 
 # Large enough that the products stay products (1,024 rows at V = 262,144 in bf16), small beside the gradients.
 DEFAULT_MAX_LOGITS_BYTES = 512 * 2**20
+# A TeacherHidden's logits are not part of a product again: they are held for a part of a chunk at a time.
+PARTS = 4  # of a chunk,
+PART_ROWS = 256  # of no fewer rows, so that their product stays one
 # Elementwise work goes over the logits in blocks; on a CPU a thread's share of one, a few fp32 copies of it, stays in
 # its core's cache from pass to pass.
 BLOCK_ELEMENTS = 2**17
@@ -92,32 +95,57 @@ def order_rows(
     return Rows(order, is_supervised, offsets, with_gradient)
 
 
-def plan_chunks(rows: Rows, bytes_per_row: int, max_logits_bytes: int | None) -> list[Chunk]:
-    """Equal chunks within the budget; no answer group is split; rows with and without a gradient never share one."""
+def plan_chunks(
+    rows: Rows, bytes_per_row: int, max_logits_bytes: int | None, teacher_bytes_per_row: int = 0
+) -> list[Chunk]:
+    """Equal chunks within the budget; no answer group is split; rows with and without a gradient never share one.
+
+    teacher_bytes_per_row: of logits that are projected for one part of a chunk at a time, see `teacher_parts`.
+    """
     budget = DEFAULT_MAX_LOGITS_BYTES if max_logits_bytes is None else max_logits_bytes
-    n = len(rows.order)
-    largest_group = max((b - a for a, b in zip(rows.group_offsets, rows.group_offsets[1:], strict=False)), default=1)
-    most = budget // bytes_per_row
-    if n and most < largest_group:
+    group = _largest_group(rows)
+    most = budget // (bytes_per_row + teacher_bytes_per_row)
+    if len(rows.order) and most < group:
         raise ValueError(
-            f"max_logits_bytes: given {budget}, wanted at least {largest_group * bytes_per_row} "
-            f"({largest_group} rows of {bytes_per_row} bytes of logits that must be held together)"
+            f"max_logits_bytes: given {budget}, wanted at least {group * (bytes_per_row + teacher_bytes_per_row)} "
+            f"({group} rows of {bytes_per_row + teacher_bytes_per_row} bytes of logits that must be held together)"
         )
+    if teacher_bytes_per_row:  # chunk rows + part rows · teacher bytes within the budget
+        beside_least = (budget - max(PART_ROWS, group) * teacher_bytes_per_row) // bytes_per_row
+        beside_share = PARTS * (budget - teacher_bytes_per_row) // (PARTS * bytes_per_row + teacher_bytes_per_row)
+        most = max(most, min(beside_least, beside_share))
     chunks: list[Chunk] = []
-    starts = set(rows.group_offsets)
-    grouped = rows.group_offsets[-1]
-    for begin, end, needs_gradient in ((0, rows.num_with_gradient, True), (rows.num_with_gradient, n, False)):
-        total = end - begin
-        if not total:
-            continue
-        size = -(-total // -(-total // most))
-        start = begin
-        while start < end:
-            stop = min(start + size, end)
-            while stop < min(grouped, end) and stop not in starts:
-                stop -= 1
-            if stop <= start:  # a group larger than an even share but within the budget
-                stop = min(offset for offset in rows.group_offsets if offset > start)
-            chunks.append(Chunk(start, stop, needs_gradient))
-            start = stop
+    for begin, end, needs_gradient in (
+        (0, rows.num_with_gradient, True),
+        (rows.num_with_gradient, len(rows.order), False),
+    ):
+        if begin < end:
+            size = -(-(end - begin) // -(-(end - begin) // most))
+            chunks += _cut(Chunk(begin, end, needs_gradient), size, rows.group_offsets)
     return chunks
+
+
+def teacher_parts(chunk: Chunk, rows: Rows) -> list[Chunk]:
+    """The parts of a chunk whose teacher logits are held together; no answer group is split."""
+    size = max(PART_ROWS, _largest_group(rows), -(-(chunk.stop - chunk.start) // PARTS))
+    return _cut(chunk, size, rows.group_offsets)
+
+
+def _largest_group(rows: Rows) -> int:
+    return max((b - a for a, b in zip(rows.group_offsets, rows.group_offsets[1:], strict=False)), default=1)
+
+
+def _cut(chunk: Chunk, size: int, group_offsets: list[int]) -> list[Chunk]:
+    """Pieces of at most `size` rows, or of one group that is larger."""
+    starts = set(group_offsets)
+    pieces: list[Chunk] = []
+    start = chunk.start
+    while start < chunk.stop:
+        stop = min(start + size, chunk.stop)
+        while stop < min(group_offsets[-1], chunk.stop) and stop not in starts:
+            stop -= 1
+        if stop <= start:  # a group larger than an even share but within the budget
+            stop = min(offset for offset in group_offsets if offset > start)
+        pieces.append(Chunk(start, stop, chunk.needs_gradient))
+        start = stop
+    return pieces

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from mind_kernels.arguments import product_dtype, refuse_second_derivative, without_autocast
-from mind_kernels.chunking import Chunk, plan_chunks
+from mind_kernels.chunking import Chunk, plan_chunks, teacher_parts
 from mind_kernels.plan import RowLosses, SweepOptions, make_plan
 from mind_kernels.pruning import ChunkColumns, GradientPruning, choose_columns, most_kept
 from mind_kernels.reduction import statistics_dtype, weighted_sum
@@ -117,13 +117,14 @@ def sweep(
     is_wide = logits_dtype != compute_dtype
     bytes_per_row = V * (logits_dtype.itemsize + (compute_dtype.itemsize if is_wide else 0))
     teacher_head = options.teacher.lm_head_weight if isinstance(options.teacher, TeacherHidden) else None
-    teacher_dtype = compute_dtype
+    teacher_dtype, teacher_bytes = compute_dtype, 0
     if teacher_head is not None:
         teacher_dtype = torch.promote_types(teacher_head.dtype, logits_dtype) if is_wide else teacher_head.dtype
-        bytes_per_row += teacher_head.shape[0] * teacher_dtype.itemsize
+        teacher_bytes = teacher_head.shape[0] * teacher_dtype.itemsize
     if options.pruning is not None and options.backend == "triton" and need_gradient:
         bytes_per_row += most_kept(V) * compute_dtype.itemsize  # the buffer for G's kept columns
-    chunks = plan_chunks(rows, bytes_per_row, options.max_logits_bytes)
+    chunks = plan_chunks(rows, bytes_per_row, options.max_logits_bytes, teacher_bytes)
+    parts = [[chunk] if teacher_head is None else teacher_parts(chunk, rows) for chunk in chunks]
     chunk_rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     X_all = hidden_states.detach()
     W = lm_head_weight.detach().to(compute_dtype)
@@ -156,16 +157,21 @@ def sweep(
         gradient = torch.empty(chunk_rows, V, dtype=compute_dtype, device=device) if is_wide else None
         teacher_logits = None
         if teacher_head is not None:
-            teacher_logits = torch.empty(chunk_rows, teacher_head.shape[0], dtype=teacher_dtype, device=device)
-        for chunk in chunks:
+            part_rows = max((part.stop - part.start for of_chunk in parts for part in of_chunk), default=0)
+            teacher_logits = torch.empty(part_rows, teacher_head.shape[0], dtype=teacher_dtype, device=device)
+        for chunk, parts_of_chunk in zip(chunks, parts, strict=True):
             index = rows.order[chunk.start : chunk.stop]
             X = X_all[index].to(compute_dtype)
             z = project(X, W, b, logits[: len(index)])
             G = z if gradient is None else gradient[: len(index)]
-            teacher_rows = None
-            if options.teacher is not None:
-                teacher_rows = TeacherRows(options.teacher, options.kl, index, teacher_logits)
-            losses_and_gradient_(z, G, chunk, teacher_rows)
+            for part in parts_of_chunk:
+                within = slice(part.start - chunk.start, part.stop - chunk.start)
+                z_part = z[within]
+                G_part = z_part if G is z else G[within]
+                teacher_rows = None
+                if options.teacher is not None:
+                    teacher_rows = TeacherRows(options.teacher, options.kl, index[within], teacher_logits)
+                losses_and_gradient_(z_part, G_part, part, teacher_rows)
             if not chunk.needs_gradient:
                 continue
             columns = None

@@ -29,7 +29,7 @@ from mind_kernels import (
     multi_rationale_log_softmax,
     ta_weighted_kl,
 )
-from mind_kernels.chunking import Rows, plan_chunks
+from mind_kernels.chunking import Chunk, Rows, plan_chunks, teacher_parts
 from mind_kernels.combined.reference import reference_mind_loss
 from mind_kernels.divergences import divergence_and_gradient, pairwise_jsd_and_gradient
 from mind_kernels.testing import MindCase, random_case, random_teacher, relative_error
@@ -173,10 +173,43 @@ def test_chunks_cover_every_row_once_and_split_no_group(sizes, plain, passive, m
             plan_chunks(rows, 10, 10 * most)
         return
     chunks = plan_chunks(rows, 10, 10 * most)
+    assert_whole(chunks, rows)
+    assert all(chunk.stop - chunk.start <= most for chunk in chunks)
+
+
+@settings(max_examples=200)
+@given(
+    sizes=st.lists(st.integers(1, 8), max_size=6),
+    plain=st.integers(0, 200),
+    passive=st.integers(0, 60),
+    most=st.integers(8, 200),
+    part_rows=st.integers(1, 40),
+)
+def test_a_teachers_parts_and_the_chunks_share_the_budget(sizes, plain, passive, most, part_rows) -> None:
+    offsets = [0]
+    for size in sizes:
+        offsets.append(offsets[-1] + size)
+    active = offsets[-1] + plain
+    order = torch.arange(active + passive)
+    rows = Rows(order, order >= 0, offsets, active)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("mind_kernels.chunking.PART_ROWS", part_rows)
+        chunks = plan_chunks(rows, 10, 17 * most, 7)
+        parts = [part for chunk in chunks for part in teacher_parts(chunk, rows)]
+    assert_whole(chunks, rows)
+    assert_whole(parts, rows)
+    if chunks:
+        held = [max(piece.stop - piece.start for piece in pieces) for pieces in (chunks, parts)]
+        assert 10 * held[0] + 7 * held[1] <= 17 * most
+        assert len(chunks) <= len(plan_chunks(rows, 17, 17 * most))
+
+
+def assert_whole(chunks: list[Chunk], rows: Rows) -> None:
+    """Every row once, no group split, rows with and without a gradient apart."""
+    offsets, active = rows.group_offsets, rows.num_with_gradient
     covered = [row for chunk in chunks for row in range(chunk.start, chunk.stop)]
-    assert covered == list(range(active + passive))
+    assert covered == list(range(len(rows.order)))
     for chunk in chunks:
-        assert 0 < chunk.stop - chunk.start <= most
         assert chunk.needs_gradient == (chunk.start < active) == (chunk.stop <= active)
         assert chunk.start >= offsets[-1] or chunk.start in offsets
         assert chunk.stop >= offsets[-1] or chunk.stop in offsets

@@ -16,9 +16,14 @@ torch.set_num_threads(1)
 N, H, V, dtype = {N}, {H}, {V}, torch.{dtype}
 X, labels = torch.randn(N, H, dtype=dtype).requires_grad_(), torch.randint(0, V, (N,))
 W = torch.randn(V, H, dtype=dtype).requires_grad_({trains_head})
+teacher = TeacherHidden(X.detach(), W.detach())
 
 def step():
-    fused_linear_cross_entropy(X, W, labels, max_logits_bytes={budget})[0].backward()
+    if {divergence!r} is None:
+        loss, _ = fused_linear_cross_entropy(X, W, labels, max_logits_bytes={budget})
+    else:
+        loss, _ = fused_linear_kl(X, W, teacher, labels, divergence={divergence!r}, max_logits_bytes={budget})
+    loss.backward()
 
 # The first call pays for what the libraries allocate once.
 fused_linear_cross_entropy(X[:8], W[:512], labels[:8] % 512)[0].backward()
@@ -32,17 +37,23 @@ MiB = 2**20
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "N", "budget", "trains_head"),
+    ("name", "dtype", "N", "budget", "trains_head", "divergence"),
     [
-        ("one-chunk", "float32", 256, 128 * MiB, True),
-        ("many-chunks", "float32", 512, 24 * MiB, True),
-        ("one-chunk", "bfloat16", 256, 64 * MiB, True),
-        ("many-chunks-with-accumulator", "bfloat16", 512, 24 * MiB, True),
-        ("frozen-head", "bfloat16", 512, 24 * MiB, False),
+        ("one-chunk", "float32", 256, 128 * MiB, True, None),
+        ("many-chunks", "float32", 512, 24 * MiB, True, None),
+        ("one-chunk", "bfloat16", 256, 64 * MiB, True, None),
+        ("many-chunks-with-accumulator", "bfloat16", 512, 24 * MiB, True, None),
+        ("frozen-head", "bfloat16", 512, 24 * MiB, False, None),
+        # 128 MiB of logits and half as much of the teacher's, in one chunk: no accumulator
+        ("teacher-in-parts", "bfloat16", 512, 200 * MiB, True, "jsd"),
+        ("teacher-in-chunks", "float32", 1024, 200 * MiB, True, "forward"),
     ],
 )
-def test_peak_is_gradients_and_budget(name: str, dtype: str, N: int, budget: int, trains_head: bool) -> None:
-    code = MEASURE.format(N=N, H=256, V=131_072, dtype=dtype, budget=budget, trains_head=trains_head)
+def test_peak_is_gradients_and_budget(
+    name: str, dtype: str, N: int, budget: int, trains_head: bool, divergence: str | None
+) -> None:
+    given = {"N": N, "dtype": dtype, "budget": budget, "trains_head": trains_head, "divergence": divergence}
+    code = MEASURE.format(H=256, V=131_072, **given)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     peak, gradients, accumulator = map(int, done.stdout.split())
