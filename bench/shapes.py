@@ -96,7 +96,12 @@ LOSS_CASES = {
         ),
         LossCase("qwen2.5-1.5b", batch="mind", rows_cuda=(16_384,)),
         LossCase("gemma2-2b", rows_cuda=(16_384,)),
-        LossCase("gemma3-270m", rows_cpu=(256,), rows_cuda=(16_384,), too_slow_on_cpu=("torch-linear-ce",)),
+        LossCase(
+            "gemma3-270m",
+            rows_cpu=(256,),
+            rows_cuda=(16_384,),
+            too_slow_on_cpu=("torch-linear-ce", "torch-linear-ce-accurate"),
+        ),
         LossCase("smollm2-135m", rows_cuda=(16_384,)),
         LossCase("smollm2-135m", loss="kl", rows_cpu=(512,)),
         LossCase("smollm2-135m", loss="jsd", rows_cpu=(512,)),

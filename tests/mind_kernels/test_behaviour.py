@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -162,13 +163,8 @@ def test_mind_loss_of_any_shape_in_both_layouts(B, K, T, H, V, A, seed, rows_in_
     most=st.integers(1, 30),
 )
 def test_chunks_cover_every_row_once_and_split_no_group(sizes, plain, passive, most) -> None:
-    offsets = [0]
-    for size in sizes:
-        offsets.append(offsets[-1] + size)
-    active = offsets[-1] + plain
-    order = torch.arange(active + passive)
-    rows = Rows(order, order >= 0, offsets, active)
-    if active + passive and most < max([1, *sizes]):
+    rows = rows_of(sizes, plain, passive)
+    if len(rows.order) and most < max([1, *sizes]):
         with pytest.raises(ValueError, match=r"max_logits_bytes: given \d+, wanted at least"):
             plan_chunks(rows, 10, 10 * most)
         return
@@ -186,12 +182,7 @@ def test_chunks_cover_every_row_once_and_split_no_group(sizes, plain, passive, m
     part_rows=st.integers(1, 40),
 )
 def test_a_teachers_parts_and_the_chunks_share_the_budget(sizes, plain, passive, most, part_rows) -> None:
-    offsets = [0]
-    for size in sizes:
-        offsets.append(offsets[-1] + size)
-    active = offsets[-1] + plain
-    order = torch.arange(active + passive)
-    rows = Rows(order, order >= 0, offsets, active)
+    rows = rows_of(sizes, plain, passive)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("mind_kernels.chunking.PART_ROWS", part_rows)
         chunks = plan_chunks(rows, 10, 17 * most, 7)
@@ -202,6 +193,13 @@ def test_a_teachers_parts_and_the_chunks_share_the_budget(sizes, plain, passive,
         held = [max(piece.stop - piece.start for piece in pieces) for pieces in (chunks, parts)]
         assert 10 * held[0] + 7 * held[1] <= 17 * most
         assert len(chunks) <= len(plan_chunks(rows, 17, 17 * most))
+
+
+def rows_of(sizes: list[int], plain: int, passive: int) -> Rows:
+    """Groups of these sizes, then `plain` rows with a gradient, then `passive` ones without."""
+    offsets = [0, *itertools.accumulate(sizes)]
+    order = torch.arange(offsets[-1] + plain + passive)
+    return Rows(order, order >= 0, offsets, offsets[-1] + plain)
 
 
 def assert_whole(chunks: list[Chunk], rows: Rows) -> None:
