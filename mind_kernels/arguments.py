@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot in PyTorch 2.11
 BACKENDS = ("auto", "torch", "triton")
 MAX_PERSPECTIVES = 8  # that the Triton kernel of the pairs compares: 16 rows and their sums spill
 DIVERGENCES = ("forward", "reverse", "jsd")
@@ -30,7 +31,8 @@ def can_look(tensor: Tensor) -> bool:
 
 
 def is_autocast_on(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    # Not torch.amp.is_autocast_available, which torch.compile cannot trace in PyTorch 2.11.
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -186,13 +188,12 @@ def _choose_backend(backend: str, tensor: Tensor, num_perspectives: int) -> str:
     check_choice("backend", backend, BACKENDS)
     if backend == "torch":
         return backend
-    has_triton = importlib.util.find_spec("triton") is not None
     on_gpu = tensor.device.type == "cuda"  # HIP devices are called so too
     is_narrow = tensor.dtype != torch.float64
     if backend == "auto":
         fits = num_perspectives <= MAX_PERSPECTIVES
-        return "triton" if has_triton and on_gpu and is_narrow and fits else "torch"
-    require(has_triton, "backend: given 'triton' where the package triton is not installed, wanted 'auto' or 'torch'")
+        return "triton" if HAS_TRITON and on_gpu and is_narrow and fits else "torch"
+    require(HAS_TRITON, "backend: given 'triton' where the package triton is not installed, wanted 'auto' or 'torch'")
     require(is_narrow, "backend: given 'triton' with torch.float64, wanted bfloat16, float16 or float32 (or 'torch')")
     require(
         on_gpu or os.environ.get("TRITON_INTERPRET") == "1",
