@@ -228,7 +228,7 @@ def check_labels(shift_labels: Tensor, rows_shape: torch.Size, V: int, ignore_in
 def check_teacher(teacher: object, rows_shape: torch.Size, V: int, device: torch.device, temperature: float) -> None:
     from mind_kernels.teachers import TeacherHidden, TeacherLogits, TeacherTopK
 
-    if not isinstance(teacher, TeacherHidden | TeacherLogits | TeacherTopK):
+    if not isinstance(teacher, (TeacherHidden, TeacherLogits, TeacherTopK)):
         raise TypeError(f"teacher: given {type(teacher).__name__}, wanted TeacherHidden, TeacherLogits or TeacherTopK")
     require(
         teacher.rows_shape == rows_shape,

@@ -96,7 +96,7 @@ def resolve_pruning(gradient_tolerance: float | GradientPruning) -> GradientPrun
 
     Raises: ValueError or TypeError naming gradient_tolerance.
     """
-    if isinstance(gradient_tolerance, bool) or not isinstance(gradient_tolerance, int | float | GradientPruning):
+    if isinstance(gradient_tolerance, bool) or not isinstance(gradient_tolerance, (int, float, GradientPruning)):
         raise TypeError(f"gradient_tolerance: given {type(gradient_tolerance).__name__}, wanted a number in [0, 1)")
     if not isinstance(gradient_tolerance, GradientPruning):
         gradient_tolerance = GradientPruning(gradient_tolerance)
