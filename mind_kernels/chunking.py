@@ -30,6 +30,12 @@ def block_rows(V: int, device: torch.device, max_logits_bytes: int | None) -> in
     return max(1, rows)
 
 
+def row_buffer(rows: int, V: int, dtype: torch.dtype, device: torch.device, backend: str) -> Tensor:  # (rows, V)
+    """Empty logits. For the kernels rows begin at multiples of 16 numbers, whatever V: loads are of 16 bytes then."""
+    stride = -(-V // 16) * 16 if backend == "triton" else V
+    return torch.empty(rows, stride, dtype=dtype, device=device)[:, :V]
+
+
 class Scratch:
     """(rows, V) buffers by name, made once: on several cores it costs more to map memory anew than to go over it."""
 

@@ -1,4 +1,16 @@
-"""Elementwise mathematics that several Triton kernels share, all in fp32."""
+"""Elementwise mathematics that several Triton kernels share, all in fp32.
+
+Kernels count in bits: a logit is multiplied by log₂e as it comes in, and 2^x and log₂x are then one instruction each,
+where eˣ and log x take three more that guard the smallest numbers and change the base. What leaves a kernel is in nats.
+
+A row is read in blocks of BLOCK_V tokens as (lanes, WIDTH): a lane's WIDTH tokens are neighbours in memory and end up
+in one thread, which finds their maximum before it takes any exponential. Whole blocks come first and need no mask, then
+comes what is left of V:
+
+    WHOLE: tl.constexpr = V // BLOCK_V * BLOCK_V
+    for IS_REST in tl.static_range(2):
+        for v in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
+"""
 
 from __future__ import annotations
 
@@ -6,12 +18,49 @@ import torch
 import triton
 import triton.language as tl
 
-# 16 warps of 32 lanes with 128 registers each are the whole register file of an NVIDIA multiprocessor. Not told so, the
-# compiler stops short of it and spills a few bytes; HIP knows no such option.
-WIDE_ROW = {"num_warps": 16} if torch.version.hip else {"num_warps": 16, "maxnreg": 128}
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+WIDTH: tl.constexpr = tl.constexpr(8)  # one 16-byte load of 16-bit numbers
+
+# A program has 256 threads, and several programs share a multiprocessor: while one waits for its row's sums, the others
+# load. 128 registers leave room for two of the largest kernels; HIP knows no such option.
+ROW_LAUNCH = {"num_warps": 4} if torch.version.hip else {"num_warps": 8, "maxnreg": 128}
 
 # Where an online maximum starts: finite, so that −inf − maximum is −inf and never NaN.
 LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
+
+
+def block_size(V: int, largest: int) -> int:
+    return min(largest, max(16, triton.next_power_of_2(V)))
+
+
+@triton.jit
+def block_offsets(BLOCK_V: tl.constexpr):  # (lanes, WIDTH) int32
+    return tl.arange(0, BLOCK_V // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def load_block(ptr, o_v, V: tl.constexpr, IS_REST: tl.constexpr):
+    """fp32; 0 beyond V."""
+    b = tl.load(ptr + o_v, mask=o_v < V, other=0.0) if IS_REST else tl.load(ptr + o_v)
+    return b.to(tl.float32)
+
+
+@triton.jit
+def store_block(ptr, o_v, b, V: tl.constexpr, IS_REST: tl.constexpr):
+    if IS_REST:
+        tl.store(ptr + o_v, b.to(ptr.dtype.element_ty), mask=o_v < V)
+    else:
+        tl.store(ptr + o_v, b.to(ptr.dtype.element_ty))
+
+
+@triton.jit
+def load_logits(ptr, o_v, scale, softcap, HAS_SOFTCAP: tl.constexpr, V: tl.constexpr, IS_REST: tl.constexpr):
+    """Final logits in the unit of scale and softcap; −inf beyond V."""
+    b_z = apply_head(load_block(ptr, o_v, V, IS_REST), scale, softcap, HAS_SOFTCAP)
+    if IS_REST:
+        b_z = tl.where(o_v < V, b_z, float("-inf"))
+    return b_z
 
 
 @triton.jit
@@ -22,15 +71,15 @@ def log1p(x):
 
 
 @triton.jit
-def softplus(x):
-    """log(1 + eˣ) = max(x, 0) + log(1 + e^−|x|), to an absolute error of one ulp of 1."""
-    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+def softplus2(x):
+    """log₂(1 + 2ˣ) = max(x, 0) + log₂(1 + 2^−|x|), to an absolute error of one ulp of 1."""
+    return tl.maximum(x, 0.0) + tl.log2(1.0 + tl.exp2(-tl.abs(x)))
 
 
 @triton.jit
 def tanh(x):
     """(1 − e)/(1 + e) with e = exp(−2|x|); the series to x⁷ below 0.2, where 1 − e loses digits."""
-    e = tl.exp(-2.0 * tl.abs(x))
+    e = tl.exp2(-2.0 * LOG2E * tl.abs(x))
     large = (1.0 - e) / (1.0 + e)
     x2 = x * x
     small = x * (1.0 - x2 * (1.0 / 3.0 - x2 * (2.0 / 15.0 - x2 * (17.0 / 315.0))))
@@ -38,48 +87,52 @@ def tanh(x):
 
 
 @triton.jit
-def apply_head(u, logit_scale, logit_softcap, HAS_SOFTCAP: tl.constexpr):
-    """z = softcap(logit_scale·u), u the bare product."""
-    z = u.to(tl.float32) * logit_scale
+def apply_head(u, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """z = softcap(scale·u), u the bare product; in bits where scale and softcap come times log₂e."""
+    z = u.to(tl.float32) * scale
     if HAS_SOFTCAP:
-        z = logit_softcap * tanh(z / logit_softcap)
+        z = softcap * tanh(z / softcap)
     return z
 
 
 @triton.jit
-def head_slope(z, logit_scale, logit_softcap, HAS_SOFTCAP: tl.constexpr):
-    """dz/du = logit_scale·(1 − (z/c)²)."""
-    slope = logit_scale + 0.0 * z
-    if HAS_SOFTCAP:
-        slope = logit_scale * (1.0 - (z / logit_softcap) * (z / logit_softcap))
-    return slope
+def softcap_slope(z, softcap):
+    """dz/d(scale·u) = 1 − (z/c)²."""
+    return 1.0 - (z / softcap) * (z / softcap)
 
 
 @triton.jit
-def online_sum(b_max, b_sum, b_z):
-    """Σ exp(z − max) of every lane after one more z: one exponential, whichever of max and z is larger."""
-    e = tl.exp(-tl.abs(b_z - b_max))
-    return tl.maximum(b_max, b_z), tl.where(b_z > b_max, b_sum * e + 1.0, b_sum + e)
+def online_sum(b_max, b_sum, b_z):  # (lanes,), (lanes,), (lanes, WIDTH)
+    """Σ 2^(z − max) of every lane after WIDTH more z: one exponential each, and one for what was summed before."""
+    b_top = tl.maximum(b_max, tl.max(b_z, axis=1))
+    return b_top, b_sum * tl.exp2(b_max - b_top) + tl.sum(tl.exp2(b_z - b_top[:, None]), axis=1)
 
 
 @triton.jit
 def online_mean(b_max, b_sum, b_mean, b_z, b_d):
-    """online_sum, and Σ exp(z − max)·d beside it."""
-    e = tl.exp(-tl.abs(b_z - b_max))
-    above = b_z > b_max
-    b_mean = tl.where(above, b_mean * e + b_d, b_mean + e * b_d)
-    return tl.maximum(b_max, b_z), tl.where(above, b_sum * e + 1.0, b_sum + e), b_mean
+    """online_sum, and Σ 2^(z − max)·d beside it."""
+    b_top = tl.maximum(b_max, tl.max(b_z, axis=1))
+    b_before, b_e = tl.exp2(b_max - b_top), tl.exp2(b_z - b_top[:, None])
+    return b_top, b_sum * b_before + tl.sum(b_e, axis=1), b_mean * b_before + tl.sum(b_e * b_d, axis=1)
+
+
+@triton.jit
+def sum_of_lanes(b_max, b_sum):
+    """(max, Σ 2^(z − max)) of a row from those of its lanes."""
+    top = tl.max(b_max, axis=0)
+    return top, tl.sum(b_sum * tl.exp2(b_max - top), axis=0)
 
 
 @triton.jit
 def label_loss(z_label, z_max, z_sum):
-    """(loss, 1 − p_label, lse) from the label's logit and Σ exp(z − z_max) over all other tokens.
+    """(loss in nats, 1 − p_label, lse in bits) from the label's logit and Σ 2^(z − z_max) over all other tokens.
 
     Leaving the label out of the sum keeps the digits of a confident student's loss and of p_label − 1.
     """
     top = tl.maximum(z_max, z_label)
-    e_label = tl.exp(z_label - top)
-    rest = z_sum * tl.exp(z_max - top)
+    e_label = tl.exp2(z_label - top)
+    rest = z_sum * tl.exp2(z_max - top)
     total = e_label + rest
-    loss = tl.where(z_label >= z_max, log1p(rest / tl.maximum(e_label, 0.5)), top - z_label + tl.log(total))
-    return loss, rest / total, top + tl.log(total)
+    lse = top + tl.log2(total)
+    loss = tl.where(z_label >= z_max, log1p(rest / tl.maximum(e_label, 0.5)), LN2 * (lse - z_label))
+    return loss, rest / total, lse

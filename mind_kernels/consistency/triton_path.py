@@ -17,20 +17,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mind_kernels.cross_entropy.triton_path import PairGradient, block_size
-from mind_kernels.triton_math import LOWEST, apply_head, online_sum, softplus
+from mind_kernels.cross_entropy.triton_path import PairGradient
+from mind_kernels.triton_math import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    ROW_LAUNCH,
+    WIDTH,
+    apply_head,
+    block_offsets,
+    block_size,
+    load_logits,
+    online_sum,
+    softplus2,
+    sum_of_lanes,
+)
 
 # One warp, whose sums need no barrier, and as many elements a lane as leave K rows of log-probabilities, probabilities
 # and sums in registers: 4 at K = 8 spill on NVIDIA.
 BLOCK_V = {2: 256, 4: 128, 8: 64}
-MAX_LSE_BLOCK_V = 8192
-LSE_WARPS = 16
+MAX_LSE_BLOCK_V = 4096
 
 
 @triton.jit
 def lse_kernel(
     z_ptr, stride_zn,  # (m, V) bare products
-    lse_ptr,  # (m,) fp32
+    lse_ptr,  # (m,) fp32, in bits; written
     logit_scale,
     logit_softcap,
     V: tl.constexpr,
@@ -39,21 +51,23 @@ def lse_kernel(
 ):  # fmt: skip
     i_n = tl.program_id(0).to(tl.int64)
     z_ptr += i_n * stride_zn
-    o_block = tl.arange(0, BLOCK_V)
-    b_max = tl.full((BLOCK_V,), LOWEST, tl.float32)
-    b_sum = tl.zeros((BLOCK_V,), tl.float32)
-    for v in range(0, V, BLOCK_V):
-        o_v = v + o_block
-        b_z = apply_head(tl.load(z_ptr + o_v, mask=o_v < V, other=0.0), logit_scale, logit_softcap, HAS_SOFTCAP)
-        b_max, b_sum = online_sum(b_max, b_sum, tl.where(o_v < V, b_z, float("-inf")))
-    z_max = tl.max(b_max, axis=0)
-    tl.store(lse_ptr + i_n, z_max + tl.log(tl.sum(b_sum * tl.exp(b_max - z_max), axis=0)))
+    scale, softcap = logit_scale * LOG2E, logit_softcap * LOG2E
+    o_block = block_offsets(BLOCK_V)
+    WHOLE: tl.constexpr = V // BLOCK_V * BLOCK_V
+    b_sum = tl.zeros((BLOCK_V // WIDTH,), tl.float32)
+    b_max = b_sum + LOWEST
+    for IS_REST in tl.static_range(2):
+        for v in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
+            b_z = load_logits(z_ptr, v + o_block, scale, softcap, HAS_SOFTCAP, V, IS_REST)
+            b_max, b_sum = online_sum(b_max, b_sum, b_z)
+    z_max, z_sum = sum_of_lanes(b_max, b_sum)
+    tl.store(lse_ptr + i_n, z_max + tl.log2(z_sum))
 
 
 @triton.jit
 def pairs_kernel(
     z_ptr, stride_zn,  # (m, V) bare products
-    lse_ptr,  # (m,) fp32
+    lse_ptr,  # (m,) fp32, in bits
     row_ptr,  # (P, K) int64: row of z, −1 where absent
     question_ptr,  # (P,) int64
     weight_ptr,  # (B, K, K) fp32
@@ -73,30 +87,31 @@ def pairs_kernel(
     weight_ptr += tl.load(question_ptr + i_p) * K * K
     mean_ptr += (i_p * tl.num_programs(1) + i_s) * K
     jsd_ptr += (i_p * tl.num_programs(1) + i_s) * K * K
+    scale, softcap = logit_scale * LOG2E, logit_softcap * LOG2E
 
     rows, log_probs, probs, sums = (), (), (), ()
     for i in tl.static_range(K):
         row = tl.load(row_ptr + i_p * K + i)
         m_v = (o_v < V) & (row >= 0)
         b_z = tl.load(z_ptr + row * stride_zn + o_v, mask=m_v, other=0.0)
-        b_z = apply_head(b_z, logit_scale, logit_softcap, HAS_SOFTCAP)
-        # exp(−10⁴) is 0, and −10⁴ − (−10⁴) is not NaN.
+        b_z = apply_head(b_z, scale, softcap, HAS_SOFTCAP)
+        # 2^(−10⁴) is 0, and −10⁴ − (−10⁴) is not NaN.
         b_log_p = tl.where(m_v, b_z - tl.load(lse_ptr + row, mask=row >= 0, other=0.0), -1.0e4)
         rows = rows + (row,)  # noqa: RUF005  (the compiler knows no starred tuple)
         log_probs = log_probs + (b_log_p,)  # noqa: RUF005
-        probs = probs + (tl.exp(b_log_p),)  # noqa: RUF005
+        probs = probs + (tl.exp2(b_log_p),)  # noqa: RUF005
         sums = sums + (tl.zeros((BLOCK_V,), tl.float32),)  # noqa: RUF005
 
     for i in tl.static_range(K):
         for j in tl.static_range(i + 1, K):
             b_d = log_probs[j] - log_probs[i]
-            b_ratio_i = 0.6931471805599453 - softplus(b_d)  # log(P_i/M) = log 2 − softplus(log P_j − log P_i)
+            b_ratio_i = 1.0 - softplus2(b_d)  # log₂(P_i/M) = 1 − log₂(1 + P_j/P_i)
             b_ratio_j = b_ratio_i + b_d
             is_pair = ((rows[i] >= 0) & (rows[j] >= 0)).to(tl.float32)
-            jsd = 0.5 * tl.sum(probs[i] * b_ratio_i + probs[j] * b_ratio_j, axis=0)
+            jsd = 0.5 * LN2 * tl.sum(probs[i] * b_ratio_i + probs[j] * b_ratio_j, axis=0)
             tl.store(jsd_ptr + i * K + j, is_pair * jsd)
             if NEEDS_GRADIENT:
-                weight = is_pair * tl.load(weight_ptr + i * K + j)
+                weight = LN2 * is_pair * tl.load(weight_ptr + i * K + j)
                 sums = sums[:i] + (sums[i] + weight * b_ratio_i,) + sums[i + 1 :]  # noqa: RUF005
                 sums = sums[:j] + (sums[j] + weight * b_ratio_j,) + sums[j + 1 :]  # noqa: RUF005
     if NEEDS_GRADIENT:
@@ -130,7 +145,7 @@ def pairwise_jsd(
         V=V,
         **head,
         BLOCK_V=block_size(V, MAX_LSE_BLOCK_V),
-        num_warps=LSE_WARPS,
+        **ROW_LAUNCH,
     )  # fmt: skip
     splits = triton.cdiv(V, BLOCK_V[K])
     jsd = torch.zeros(P, splits, K, K, dtype=torch.float32, device=z.device)

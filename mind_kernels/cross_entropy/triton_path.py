@@ -12,9 +12,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mind_kernels.triton_math import LOWEST, WIDE_ROW, apply_head, head_slope, label_loss, online_sum
+from mind_kernels.triton_math import (
+    LOG2E,
+    LOWEST,
+    ROW_LAUNCH,
+    WIDTH,
+    apply_head,
+    block_offsets,
+    block_size,
+    label_loss,
+    load_block,
+    load_logits,
+    online_sum,
+    softcap_slope,
+    store_block,
+    sum_of_lanes,
+)
 
-# Elements of a row taken at a time: 8 for each of 512 threads, one 16-byte load of 16-bit logits. 16 spill with a cap.
+# Elements of a row taken at a time: two 16-byte loads of 16-bit logits for each thread.
 MAX_BLOCK_V = 4096
 
 
@@ -23,10 +38,6 @@ class PairGradient(NamedTuple):
 
     sum: Tensor  # (m, V) fp32
     mean: Tensor  # (m,) fp32
-
-
-def block_size(V: int, largest: int) -> int:
-    return min(largest, max(16, triton.next_power_of_2(V)))
 
 
 @triton.jit
@@ -49,39 +60,40 @@ def cross_entropy_kernel(
     i_n = tl.program_id(0).to(tl.int64)
     z_ptr += i_n * stride_zn
     d_ptr += i_n * stride_dn
+    scale, softcap = logit_scale * LOG2E, logit_softcap * LOG2E
     label = tl.load(label_ptr + i_n)
     is_label_valid = (label >= 0) & (label < V)
-    label = tl.where(is_label_valid, label, 0)
-    z_label = apply_head(tl.load(z_ptr + label), logit_scale, logit_softcap, HAS_SOFTCAP)
+    label = tl.where(is_label_valid, label, 0).to(tl.int32)
+    z_label = apply_head(tl.load(z_ptr + label), scale, softcap, HAS_SOFTCAP)
 
-    o_block = tl.arange(0, BLOCK_V)
-    b_max = tl.full((BLOCK_V,), LOWEST, tl.float32)
-    b_sum = tl.zeros((BLOCK_V,), tl.float32)
-    for v in range(0, V, BLOCK_V):
-        o_v = v + o_block
-        b_z = apply_head(tl.load(z_ptr + o_v, mask=o_v < V, other=0.0), logit_scale, logit_softcap, HAS_SOFTCAP)
-        b_z = tl.where((o_v < V) & (o_v != label), b_z, float("-inf"))
-        b_max, b_sum = online_sum(b_max, b_sum, b_z)
-    z_max = tl.max(b_max, axis=0)
-    z_sum = tl.sum(b_sum * tl.exp(b_max - z_max), axis=0)
+    o_block = block_offsets(BLOCK_V)
+    WHOLE: tl.constexpr = V // BLOCK_V * BLOCK_V
+    b_sum = tl.zeros((BLOCK_V // WIDTH,), tl.float32)
+    b_max = b_sum + LOWEST
+    for IS_REST in tl.static_range(2):
+        for v in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
+            b_z = load_logits(z_ptr, v + o_block, scale, softcap, HAS_SOFTCAP, V, IS_REST)
+            b_max, b_sum = online_sum(b_max, b_sum, tl.where(o_block == label - v, float("-inf"), b_z))
+    z_max, z_sum = sum_of_lanes(b_max, b_sum)
     loss, rest, lse = label_loss(z_label, z_max, z_sum)
     tl.store(loss_ptr + i_n, tl.where(is_label_valid, loss, float("nan")))
 
     if NEEDS_GRADIENT:
-        coefficient = tl.load(coefficient_ptr + i_n)
+        coefficient = tl.load(coefficient_ptr + i_n) * logit_scale
         if HAS_PAIRS:
             pair_ptr += i_n * stride_pn
             pair_mean = tl.load(pair_mean_ptr + i_n)
-        for v in range(0, V, BLOCK_V):
-            o_v = v + o_block
-            b_z = apply_head(tl.load(z_ptr + o_v, mask=o_v < V, other=0.0), logit_scale, logit_softcap, HAS_SOFTCAP)
-            b_p = tl.exp(b_z - lse)
-            b_d = coefficient * tl.where(o_v == label, -rest, b_p)
-            if HAS_PAIRS:
-                b_pair = tl.load(pair_ptr + o_v, mask=o_v < V, other=0.0)
-                b_d += 0.5 * b_p * (b_pair - pair_mean)
-            b_d *= head_slope(b_z, logit_scale, logit_softcap, HAS_SOFTCAP)
-            tl.store(d_ptr + o_v, b_d.to(d_ptr.dtype.element_ty), mask=o_v < V)
+        for IS_REST in tl.static_range(2):
+            for v in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
+                o_v = v + o_block
+                b_z = load_logits(z_ptr, o_v, scale, softcap, HAS_SOFTCAP, V, IS_REST)
+                b_p = tl.exp2(b_z - lse)
+                b_d = coefficient * tl.where(o_block == label - v, -rest, b_p)
+                if HAS_PAIRS:
+                    b_d += 0.5 * logit_scale * b_p * (load_block(pair_ptr, o_v, V, IS_REST) - pair_mean)
+                if HAS_SOFTCAP:
+                    b_d *= softcap_slope(b_z, softcap)
+                store_block(d_ptr, o_v, b_d, V, IS_REST)
 
 
 def cross_entropy_(
@@ -115,5 +127,5 @@ def cross_entropy_(
         HAS_PAIRS=pairs is not None,
         NEEDS_GRADIENT=needs_gradient,
         BLOCK_V=block_size(V, MAX_BLOCK_V),
-        **WIDE_ROW,
+        **ROW_LAUNCH,
     )  # fmt: skip

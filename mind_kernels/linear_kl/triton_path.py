@@ -18,35 +18,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mind_kernels.cross_entropy.triton_path import PairGradient, block_size
+from mind_kernels.cross_entropy.triton_path import PairGradient
 from mind_kernels.divergences import divergence_and_gradient
 from mind_kernels.teacher_rows import NEG, KLOptions, apply_head_, topk_log_probs
 from mind_kernels.triton_math import (
+    LN2,
+    LOG2E,
     LOWEST,
-    WIDE_ROW,
+    ROW_LAUNCH,
+    WIDTH,
     apply_head,
-    head_slope,
+    block_offsets,
+    block_size,
     label_loss,
+    load_block,
+    load_logits,
     online_mean,
     online_sum,
-    softplus,
+    softcap_slope,
+    softplus2,
+    store_block,
+    sum_of_lanes,
 )
 
-# Two rows' statistics a lane: half the elements of the cross-entropy kernel.
+# Of two rows at once: half the elements of the cross-entropy kernel.
 MAX_BLOCK_V = 2048
 
 
 @triton.jit
-def lse_of_lanes(b_max, b_sum):
-    """(max, Σ exp(z − max)) of a row from those of its lanes."""
-    top = tl.max(b_max, axis=0)
-    return top, tl.sum(b_sum * tl.exp(b_max - top), axis=0)
-
-
-@triton.jit
 def log_student_over_mixture(b_log_t, b_log_s, log_odds_beta, log_one_minus_beta):
-    """log(s/m) = −log(1−β) − softplus(log t − log s + log(β/(1−β))),  m = (1−β)s + βt never formed."""
-    return -log_one_minus_beta - softplus(b_log_t - b_log_s + log_odds_beta)
+    """log₂(s/m) = −log₂(1−β) − log₂(1 + t/s·β/(1−β)),  m = (1−β)s + βt never formed."""
+    return -log_one_minus_beta - softplus2(b_log_t - b_log_s + log_odds_beta)
 
 
 @triton.jit
@@ -65,8 +67,8 @@ def dense_kl_kernel(
     inverse_temperature,
     loss_scale,  # τ^p
     beta,
-    log_odds_beta,  # log(β/(1−β))
-    log_one_minus_beta,
+    log_odds_beta,  # log₂(β/(1−β))
+    log_one_minus_beta,  # log₂
     V: tl.constexpr,
     V_SHARED: tl.constexpr,  # the tokens that D is over
     DIVERGENCE: tl.constexpr,
@@ -87,106 +89,122 @@ def dense_kl_kernel(
     z_ptr += z_row * stride_zn
     d_ptr += z_row * stride_dn
     t_ptr += tl.load(t_row_ptr + i_n) * stride_tn
-    # At temperature 1 over the whole vocabulary the cross-entropy's log-sum-exp is the divergence's too.
-    ONE_LSE: tl.constexpr = HAS_CROSS_ENTROPY and not HAS_TEMPERATURE and V_SHARED == V and DIVERGENCE != "reverse"
+    scale, softcap = logit_scale * LOG2E, logit_softcap * LOG2E
+    teacher_scale, teacher_softcap = teacher_scale * LOG2E, teacher_softcap * LOG2E
+    # At temperature 1 over the whole vocabulary the cross-entropy's log-sum-exp and softmax are the divergence's too.
+    ONE_SOFTMAX: tl.constexpr = HAS_CROSS_ENTROPY and not HAS_TEMPERATURE and V_SHARED == V
+    ONE_LSE: tl.constexpr = ONE_SOFTMAX and DIVERGENCE != "reverse"  # whose mean is made with a sum of its own
     if HAS_CROSS_ENTROPY:
         label = tl.load(label_ptr + i_n)
         is_label_valid = (label >= 0) & (label < V)
-        label = tl.where(is_label_valid, label, 0)
-        z_label = apply_head(tl.load(z_ptr + label), logit_scale, logit_softcap, HAS_SOFTCAP)
+        label = tl.where(is_label_valid, label, 0).to(tl.int32)
+        z_label = apply_head(tl.load(z_ptr + label), scale, softcap, HAS_SOFTCAP)
 
-    o_block = tl.arange(0, BLOCK_V)
-    b_zero = tl.zeros((BLOCK_V,), tl.float32)
+    o_block = block_offsets(BLOCK_V)
+    # Blocks of tokens that student and teacher share; then the rest, whose loads are masked.
+    WHOLE: tl.constexpr = V_SHARED // BLOCK_V * BLOCK_V
+    b_zero = tl.zeros((BLOCK_V // WIDTH,), tl.float32)
     b_max, b_sum = b_zero + LOWEST, b_zero
     b_max_s, b_sum_s, b_max_t, b_sum_t, b_mean = b_zero + LOWEST, b_zero, b_zero + LOWEST, b_zero, b_zero
-    for v in range(0, V, BLOCK_V):
-        o_v = v + o_block
-        m_shared = o_v < V_SHARED
-        b_z = apply_head(tl.load(z_ptr + o_v, mask=o_v < V, other=0.0), logit_scale, logit_softcap, HAS_SOFTCAP)
-        if HAS_CROSS_ENTROPY:
-            b_rest = tl.where((o_v < V) & (o_v != label), b_z, float("-inf"))
-            b_max, b_sum = online_sum(b_max, b_sum, b_rest)
-        b_t = apply_head(tl.load(t_ptr + o_v, mask=m_shared, other=0.0), teacher_scale, teacher_softcap,
-                         TEACHER_HAS_SOFTCAP)  # fmt: skip
-        b_s = tl.where(m_shared, b_z * inverse_temperature, float("-inf"))
-        b_t = tl.where(m_shared, b_t * inverse_temperature, float("-inf"))
-        if DIVERGENCE == "forward":
-            b_d = tl.where(b_t == float("-inf"), 0.0, b_t - b_s)
-            b_max_t, b_sum_t, b_mean = online_mean(b_max_t, b_sum_t, b_mean, b_t, b_d)
-        else:
-            b_max_t, b_sum_t = online_sum(b_max_t, b_sum_t, b_t)
-        if DIVERGENCE == "reverse":
-            b_d = tl.where(m_shared, b_s - b_t, 0.0)
-            b_max_s, b_sum_s, b_mean = online_mean(b_max_s, b_sum_s, b_mean, b_s, b_d)
-        elif not ONE_LSE:
-            b_max_s, b_sum_s = online_sum(b_max_s, b_sum_s, b_s)
+    for IS_REST in tl.static_range(2):
+        for v in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
+            o_v = v + o_block
+            b_z = load_logits(z_ptr, o_v, scale, softcap, HAS_SOFTCAP, V, IS_REST)
+            if HAS_CROSS_ENTROPY:
+                b_max, b_sum = online_sum(b_max, b_sum, tl.where(o_block == label - v, float("-inf"), b_z))
+            b_t = load_logits(t_ptr, o_v, teacher_scale, teacher_softcap, TEACHER_HAS_SOFTCAP, V_SHARED, IS_REST)
+            b_s = b_z
+            if HAS_TEMPERATURE:
+                b_s, b_t = b_s * inverse_temperature, b_t * inverse_temperature
+            if IS_REST and V_SHARED < V:
+                b_s = tl.where(o_v < V_SHARED, b_s, float("-inf"))
+            if DIVERGENCE == "forward":
+                b_d = tl.where(b_t == float("-inf"), 0.0, b_t - b_s)
+                b_max_t, b_sum_t, b_mean = online_mean(b_max_t, b_sum_t, b_mean, b_t, b_d)
+            else:
+                b_max_t, b_sum_t = online_sum(b_max_t, b_sum_t, b_t)
+            if DIVERGENCE == "reverse":
+                b_d = tl.where(o_v < V_SHARED, b_s - b_t, 0.0) if IS_REST else b_s - b_t
+                b_max_s, b_sum_s, b_mean = online_mean(b_max_s, b_sum_s, b_mean, b_s, b_d)
+            elif not ONE_LSE:
+                b_max_s, b_sum_s = online_sum(b_max_s, b_sum_s, b_s)
 
     if HAS_CROSS_ENTROPY:
-        z_max, z_sum = lse_of_lanes(b_max, b_sum)
+        z_max, z_sum = sum_of_lanes(b_max, b_sum)
         loss, rest, lse = label_loss(z_label, z_max, z_sum)
         tl.store(loss_ptr + i_n, tl.where(is_label_valid, loss, float("nan")))
-    t_max, t_sum = lse_of_lanes(b_max_t, b_sum_t)
-    lse_t = t_max + tl.log(t_sum)
+    t_max, t_sum = sum_of_lanes(b_max_t, b_sum_t)
+    lse_t = t_max + tl.log2(t_sum)
     if ONE_LSE:
         lse_s = lse
     else:
-        s_max, s_sum = lse_of_lanes(b_max_s, b_sum_s)
-        lse_s = s_max + tl.log(s_sum)
+        s_max, s_sum = sum_of_lanes(b_max_s, b_sum_s)
+        lse_s = s_max + tl.log2(s_sum)
 
     if DIVERGENCE == "forward":
-        divergence = tl.sum(b_mean * tl.exp(b_max_t - t_max), axis=0) / t_sum - lse_t + lse_s
+        divergence = tl.sum(b_mean * tl.exp2(b_max_t - t_max), axis=0) / t_sum - lse_t + lse_s
     elif DIVERGENCE == "reverse":
-        divergence = tl.sum(b_mean * tl.exp(b_max_s - s_max), axis=0) / s_sum + lse_t - lse_s
+        divergence = tl.sum(b_mean * tl.exp2(b_max_s - s_max), axis=0) / s_sum + lse_t - lse_s
     else:
         b_kl_s, b_kl_t = b_zero, b_zero
-        for v in range(0, V_SHARED, BLOCK_V):
-            o_v = v + o_block
-            m_shared = o_v < V_SHARED
-            b_z = apply_head(tl.load(z_ptr + o_v, mask=m_shared, other=0.0), logit_scale, logit_softcap, HAS_SOFTCAP)
-            b_t = apply_head(tl.load(t_ptr + o_v, mask=m_shared, other=0.0), teacher_scale, teacher_softcap,
-                             TEACHER_HAS_SOFTCAP)  # fmt: skip
-            b_log_s = b_z * inverse_temperature - lse_s
-            b_log_t = b_t * inverse_temperature - lse_t
-            b_p_t = tl.exp(b_log_t)
-            b_ratio = log_student_over_mixture(b_log_t, b_log_s, log_odds_beta, log_one_minus_beta)
-            b_kl_s += tl.where(m_shared, tl.exp(b_log_s) * b_ratio, 0.0)
-            b_kl_t += tl.where(m_shared & (b_p_t > 0.0), b_p_t * (b_log_t - b_log_s + b_ratio), 0.0)
+        for IS_REST in tl.static_range(2):
+            for v in range(WHOLE if IS_REST else 0, V_SHARED if IS_REST else WHOLE, BLOCK_V):
+                o_v = v + o_block
+                b_z = load_logits(z_ptr, o_v, scale, softcap, HAS_SOFTCAP, V_SHARED, IS_REST)
+                b_t = load_logits(t_ptr, o_v, teacher_scale, teacher_softcap, TEACHER_HAS_SOFTCAP, V_SHARED, IS_REST)
+                if HAS_TEMPERATURE:
+                    b_z, b_t = b_z * inverse_temperature, b_t * inverse_temperature
+                b_log_s, b_log_t = b_z - lse_s, b_t - lse_t
+                b_p_t = tl.exp2(b_log_t)
+                b_ratio = log_student_over_mixture(b_log_t, b_log_s, log_odds_beta, log_one_minus_beta)
+                b_of_s = tl.exp2(b_log_s) * b_ratio
+                b_of_t = tl.where(b_p_t > 0.0, b_p_t * (b_log_t - b_log_s + b_ratio), 0.0)
+                if IS_REST:
+                    b_of_s = tl.where(o_v < V_SHARED, b_of_s, 0.0)
+                    b_of_t = tl.where(o_v < V_SHARED, b_of_t, 0.0)
+                b_kl_s += tl.sum(b_of_s, axis=1)
+                b_kl_t += tl.sum(b_of_t, axis=1)
         kl_s = tl.sum(b_kl_s, axis=0)
         divergence = beta * tl.sum(b_kl_t, axis=0) + (1.0 - beta) * kl_s
-    tl.store(kl_loss_ptr + i_n, loss_scale * divergence)
+    tl.store(kl_loss_ptr + i_n, LN2 * loss_scale * divergence)
 
     if NEEDS_GRADIENT:
-        kl_coefficient = tl.load(kl_coefficient_ptr + i_n) * loss_scale * inverse_temperature
+        kl_coefficient = tl.load(kl_coefficient_ptr + i_n) * loss_scale * inverse_temperature * logit_scale
+        if DIVERGENCE != "forward":  # whose gradients have a difference of logarithms as a factor
+            kl_coefficient *= LN2
         if HAS_CROSS_ENTROPY:
-            coefficient = tl.load(coefficient_ptr + i_n)
+            coefficient = tl.load(coefficient_ptr + i_n) * logit_scale
         if HAS_PAIRS:
             pair_ptr += i_n * stride_pn
             pair_mean = tl.load(pair_mean_ptr + i_n)
-        for v in range(0, V, BLOCK_V):
-            o_v = v + o_block
-            m_shared = o_v < V_SHARED
-            b_z = apply_head(tl.load(z_ptr + o_v, mask=o_v < V, other=0.0), logit_scale, logit_softcap, HAS_SOFTCAP)
-            b_t = apply_head(tl.load(t_ptr + o_v, mask=m_shared, other=0.0), teacher_scale, teacher_softcap,
-                             TEACHER_HAS_SOFTCAP)  # fmt: skip
-            b_log_s = b_z * inverse_temperature - lse_s
-            b_log_t = b_t * inverse_temperature - lse_t
-            b_p_s = tl.exp(b_log_s)
-            if DIVERGENCE == "forward":
-                b_d = b_p_s - tl.exp(b_log_t)
-            elif DIVERGENCE == "reverse":
-                b_d = b_p_s * (b_log_s - b_log_t - divergence)
-            else:
-                b_ratio = log_student_over_mixture(b_log_t, b_log_s, log_odds_beta, log_one_minus_beta)
-                b_d = (1.0 - beta) * b_p_s * (b_ratio - kl_s)
-            b_d = tl.where(m_shared, kl_coefficient * b_d, 0.0)
-            if HAS_CROSS_ENTROPY:
-                b_p = tl.exp(b_z - lse)
-                b_d += coefficient * tl.where(o_v == label, -rest, b_p)
-                if HAS_PAIRS:
-                    b_pair = tl.load(pair_ptr + o_v, mask=o_v < V, other=0.0)
-                    b_d += 0.5 * b_p * (b_pair - pair_mean)
-            b_d *= head_slope(b_z, logit_scale, logit_softcap, HAS_SOFTCAP)
-            tl.store(d_ptr + o_v, b_d.to(d_ptr.dtype.element_ty), mask=o_v < V)
+        for IS_REST in tl.static_range(2):
+            for v in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
+                o_v = v + o_block
+                b_z = load_logits(z_ptr, o_v, scale, softcap, HAS_SOFTCAP, V, IS_REST)
+                b_t = load_logits(t_ptr, o_v, teacher_scale, teacher_softcap, TEACHER_HAS_SOFTCAP, V_SHARED, IS_REST)
+                if HAS_TEMPERATURE:
+                    b_log_s, b_log_t = b_z * inverse_temperature - lse_s, b_t * inverse_temperature - lse_t
+                else:
+                    b_log_s, b_log_t = b_z - lse_s, b_t - lse_t
+                b_p_s = tl.exp2(b_log_s)
+                if DIVERGENCE == "forward":
+                    b_d = b_p_s - tl.exp2(b_log_t)
+                elif DIVERGENCE == "reverse":
+                    b_d = b_p_s * (b_log_s - b_log_t - divergence)
+                else:
+                    b_ratio = log_student_over_mixture(b_log_t, b_log_s, log_odds_beta, log_one_minus_beta)
+                    b_d = (1.0 - beta) * b_p_s * (b_ratio - kl_s)
+                b_d *= kl_coefficient
+                if IS_REST:
+                    b_d = tl.where(o_v < V_SHARED, b_d, 0.0)
+                if HAS_CROSS_ENTROPY:
+                    b_p = b_p_s if ONE_SOFTMAX else tl.exp2(b_z - lse)
+                    b_d += coefficient * tl.where(o_block == label - v, -rest, b_p)
+                    if HAS_PAIRS:
+                        b_d += 0.5 * logit_scale * b_p * (load_block(pair_ptr, o_v, V, IS_REST) - pair_mean)
+                if HAS_SOFTCAP:
+                    b_d *= softcap_slope(b_z, softcap)
+                store_block(d_ptr, o_v, b_d, V, IS_REST)
 
 
 def dense_kl_(
@@ -231,8 +249,8 @@ def dense_kl_(
         1.0 / options.temperature,
         options.loss_scale,
         beta,
-        math.log(beta / (1.0 - beta)),
-        math.log1p(-beta),
+        math.log2(beta / (1.0 - beta)),
+        math.log2(1.0 - beta),
         V=V,
         V_SHARED=V_shared,
         DIVERGENCE=options.divergence,
@@ -243,7 +261,7 @@ def dense_kl_(
         HAS_PAIRS=pairs is not None,
         NEEDS_GRADIENT=needs_gradient,
         BLOCK_V=block_size(V, MAX_BLOCK_V),
-        **WIDE_ROW,
+        **ROW_LAUNCH,
     )  # fmt: skip
 
 
@@ -260,25 +278,30 @@ def tail_kernel(
 ):  # fmt: skip
     i_n = tl.program_id(0).to(tl.int64)
     z_ptr += i_n * stride_zn
-    label = tl.load(label_ptr + i_n)
-    o_block = tl.arange(0, BLOCK_V)
-    b_max = tl.full((BLOCK_V,), LOWEST, tl.float32)
-    b_sum = tl.zeros((BLOCK_V,), tl.float32)
-    for v in range(0, V, BLOCK_V):
-        o_v = v + o_block
-        b_u = tl.load(z_ptr + o_v, mask=o_v < V, other=float("-inf")).to(tl.float32)
-        b_z = apply_head(b_u, logit_scale, logit_softcap, HAS_SOFTCAP)
-        b_z = tl.where((b_u == float("-inf")) | (o_v == label), float("-inf"), b_z)
-        b_max, b_sum = online_sum(b_max, b_sum, b_z)
-    z_max, z_sum = lse_of_lanes(b_max, b_sum)
-    tl.store(max_ptr + i_n, z_max)
+    scale, softcap = logit_scale * LOG2E, logit_softcap * LOG2E
+    label = tl.load(label_ptr + i_n).to(tl.int32)
+    o_block = block_offsets(BLOCK_V)
+    WHOLE: tl.constexpr = V // BLOCK_V * BLOCK_V
+    b_sum = tl.zeros((BLOCK_V // WIDTH,), tl.float32)
+    b_max = b_sum + LOWEST
+    for IS_REST in tl.static_range(2):
+        for v in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
+            o_v = v + o_block
+            b_u = load_block(z_ptr, o_v, V, IS_REST)
+            b_z = apply_head(b_u, scale, softcap, HAS_SOFTCAP)
+            b_z = tl.where((b_u == float("-inf")) | (o_block == label - v), float("-inf"), b_z)
+            if IS_REST:
+                b_z = tl.where(o_v < V, b_z, float("-inf"))
+            b_max, b_sum = online_sum(b_max, b_sum, b_z)
+    z_max, z_sum = sum_of_lanes(b_max, b_sum)
+    tl.store(max_ptr + i_n, LN2 * z_max)
     tl.store(sum_ptr + i_n, z_sum)
 
 
 @triton.jit
 def tail_gradient_kernel(
     z_ptr, stride_zn,  # (m, V) bare products, −inf where a token is listed
-    d_ptr, stride_dn,  # (m, V) ∂loss/∂product, written but where a token is listed; may be z itself
+    d_ptr, stride_dn,  # (m, V) ∂loss/∂product, written, anything where a token is listed; may be z itself
     label_ptr,  # (m,) int64
     lse_ptr, rest_ptr,  # (m,) fp32: 1 − p_label is rest
     coefficient_ptr, share_ptr,  # (m,) fp32: of the cross-entropy, of the tail's probabilities
@@ -294,24 +317,26 @@ def tail_gradient_kernel(
     i_n = tl.program_id(0).to(tl.int64)
     z_ptr += i_n * stride_zn
     d_ptr += i_n * stride_dn
-    label, lse, rest = tl.load(label_ptr + i_n), tl.load(lse_ptr + i_n), tl.load(rest_ptr + i_n)
-    coefficient, share = tl.load(coefficient_ptr + i_n), tl.load(share_ptr + i_n)
+    scale, softcap = logit_scale * LOG2E, logit_softcap * LOG2E
+    label, rest = tl.load(label_ptr + i_n).to(tl.int32), tl.load(rest_ptr + i_n)
+    lse = LOG2E * tl.load(lse_ptr + i_n)
+    coefficient, share = tl.load(coefficient_ptr + i_n) * logit_scale, tl.load(share_ptr + i_n) * logit_scale
     if HAS_PAIRS:
         pair_ptr += i_n * stride_pn
         pair_mean = tl.load(pair_mean_ptr + i_n)
-    o_block = tl.arange(0, BLOCK_V)
-    for v in range(0, V, BLOCK_V):
-        o_v = v + o_block
-        b_u = tl.load(z_ptr + o_v, mask=o_v < V, other=0.0)
-        b_z = apply_head(b_u, logit_scale, logit_softcap, HAS_SOFTCAP)
-        b_p = tl.exp(b_z - lse)
-        b_d = share * b_p + coefficient * tl.where(o_v == label, -rest, b_p)
-        if HAS_PAIRS:
-            b_pair = tl.load(pair_ptr + o_v, mask=o_v < V, other=0.0)
-            b_d += 0.5 * b_p * (b_pair - pair_mean)
-        b_d *= head_slope(b_z, logit_scale, logit_softcap, HAS_SOFTCAP)
-        m_v = (o_v < V) & (b_u.to(tl.float32) != float("-inf"))
-        tl.store(d_ptr + o_v, b_d.to(d_ptr.dtype.element_ty), mask=m_v)
+    o_block = block_offsets(BLOCK_V)
+    WHOLE: tl.constexpr = V // BLOCK_V * BLOCK_V
+    for IS_REST in tl.static_range(2):
+        for v in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
+            o_v = v + o_block
+            b_z = load_logits(z_ptr, o_v, scale, softcap, HAS_SOFTCAP, V, IS_REST)
+            b_p = tl.exp2(b_z - lse)
+            b_d = share * b_p + coefficient * tl.where(o_block == label - v, -rest, b_p)
+            if HAS_PAIRS:
+                b_d += 0.5 * logit_scale * b_p * (load_block(pair_ptr, o_v, V, IS_REST) - pair_mean)
+            if HAS_SOFTCAP:
+                b_d *= softcap_slope(b_z, softcap)
+            store_block(d_ptr, o_v, b_d, V, IS_REST)
 
 
 def topk_kl_(
@@ -339,7 +364,7 @@ def topk_kl_(
         "V": V,
         "HAS_SOFTCAP": logit_softcap is not None,
         "BLOCK_V": block_size(V, MAX_BLOCK_V),
-        **WIDE_ROW,
+        **ROW_LAUNCH,
     }
     scale_and_softcap = logit_scale, 1.0 if logit_softcap is None else logit_softcap
     is_label_valid = (labels >= 0) & (labels < V)

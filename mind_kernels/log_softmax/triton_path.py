@@ -14,11 +14,22 @@ import triton.language as tl
 from torch import Tensor
 
 from mind_kernels.arguments import refuse_second_derivative
-from mind_kernels.cross_entropy.triton_path import block_size
-from mind_kernels.triton_math import LOWEST, online_sum
+from mind_kernels.triton_math import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    ROW_LAUNCH,
+    WIDTH,
+    block_offsets,
+    block_size,
+    load_block,
+    load_logits,
+    online_sum,
+    store_block,
+    sum_of_lanes,
+)
 
-MAX_BLOCK_V = 8192
-NUM_WARPS = 16
+MAX_BLOCK_V = 4096
 
 
 @triton.jit
@@ -26,7 +37,7 @@ def log_softmax_kernel(
     z_ptr,  # (P, K, V) contiguous
     id_ptr,  # (P, K, S) int64, contiguous
     out_ptr,  # (P, K, V), or (P, K, S) for selected tokens
-    lse_ptr,  # (P, K) fp32
+    lse_ptr,  # (P, K) fp32, in bits; written
     inverse_temperature,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -36,24 +47,26 @@ def log_softmax_kernel(
 ):
     """log p = z/τ − lse(z/τ). A selected id outside [0, V) gives NaN."""
     i_p = tl.program_id(0).to(tl.int64)
-    o_block = tl.arange(0, BLOCK_V)
+    o_block = block_offsets(BLOCK_V)
+    WHOLE: tl.constexpr = V // BLOCK_V * BLOCK_V
     for k in range(0, K):
         i_row = i_p * K + k
         p_row = z_ptr + i_row * V
-        b_max = tl.full((BLOCK_V,), LOWEST, tl.float32)
-        b_sum = tl.zeros((BLOCK_V,), tl.float32)
-        for v in range(0, V, BLOCK_V):
-            o_v = v + o_block
-            b_z = tl.load(p_row + o_v, mask=o_v < V, other=float("-inf")).to(tl.float32) * inverse_temperature
-            b_max, b_sum = online_sum(b_max, b_sum, b_z)
-        top = tl.max(b_max, axis=0)
-        lse = top + tl.log(tl.sum(b_sum * tl.exp(b_max - top), axis=0))
+        b_sum = tl.zeros((BLOCK_V // WIDTH,), tl.float32)
+        b_max = b_sum + LOWEST
+        for IS_REST in tl.static_range(2):
+            for v in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
+                b_z = load_logits(p_row, v + o_block, inverse_temperature * LOG2E, 1.0, False, V, IS_REST)
+                b_max, b_sum = online_sum(b_max, b_sum, b_z)
+        z_max, z_sum = sum_of_lanes(b_max, b_sum)
+        lse = z_max + tl.log2(z_sum)
         tl.store(lse_ptr + i_row, lse)
+        lse *= LN2
         if S == 0:
-            for v in range(0, V, BLOCK_V):
-                o_v = v + o_block
-                b_z = tl.load(p_row + o_v, mask=o_v < V, other=0.0).to(tl.float32) * inverse_temperature
-                tl.store(out_ptr + i_row * V + o_v, (b_z - lse).to(out_ptr.dtype.element_ty), mask=o_v < V)
+            for IS_REST in tl.static_range(2):
+                for v in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
+                    b_z = load_block(p_row, v + o_block, V, IS_REST) * inverse_temperature
+                    store_block(out_ptr + i_row * V, v + o_block, b_z - lse, V, IS_REST)
         else:
             for s in range(0, S, BLOCK_S):
                 o_s = s + tl.arange(0, BLOCK_S)
@@ -66,7 +79,7 @@ def log_softmax_kernel(
 @triton.jit
 def log_softmax_backward_kernel(
     z_ptr,  # (P, K, V)
-    lse_ptr,  # (P, K) fp32
+    lse_ptr,  # (P, K) fp32, in bits
     d_out_ptr,  # (P, K, V); not read for selected tokens
     total_ptr,  # (P, K) fp32: Σ of d_out over the selected tokens; not read otherwise
     d_z_ptr,  # (P, K, V)
@@ -78,26 +91,27 @@ def log_softmax_backward_kernel(
 ):
     """dz = (g − p·Σg)/τ; for selected tokens −p·Σg/τ, to which the caller adds their g/τ."""
     i_p = tl.program_id(0).to(tl.int64)
-    o_block = tl.arange(0, BLOCK_V)
+    o_block = block_offsets(BLOCK_V)
+    WHOLE: tl.constexpr = V // BLOCK_V * BLOCK_V
     for k in range(0, K):
         i_row = i_p * K + k
         lse = tl.load(lse_ptr + i_row)
         if IS_SELECTED:
             total = tl.load(total_ptr + i_row)
         else:
-            b_total = tl.zeros((BLOCK_V,), tl.float32)
-            for v in range(0, V, BLOCK_V):
-                o_v = v + o_block
-                b_total += tl.load(d_out_ptr + i_row * V + o_v, mask=o_v < V, other=0.0).to(tl.float32)
+            b_total = tl.zeros((BLOCK_V // WIDTH,), tl.float32)
+            for IS_REST in tl.static_range(2):
+                for v in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
+                    b_total += tl.sum(load_block(d_out_ptr + i_row * V, v + o_block, V, IS_REST), axis=1)
             total = tl.sum(b_total, axis=0)
-        for v in range(0, V, BLOCK_V):
-            o_v = v + o_block
-            b_z = tl.load(z_ptr + i_row * V + o_v, mask=o_v < V, other=0.0).to(tl.float32) * inverse_temperature
-            b_d = -tl.exp(b_z - lse) * total
-            if not IS_SELECTED:
-                b_d += tl.load(d_out_ptr + i_row * V + o_v, mask=o_v < V, other=0.0).to(tl.float32)
-            b_d *= inverse_temperature
-            tl.store(d_z_ptr + i_row * V + o_v, b_d.to(d_z_ptr.dtype.element_ty), mask=o_v < V)
+        for IS_REST in tl.static_range(2):
+            for v in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
+                o_v = v + o_block
+                b_z = load_block(z_ptr + i_row * V, o_v, V, IS_REST) * (inverse_temperature * LOG2E)
+                b_d = -tl.exp2(b_z - lse) * total
+                if not IS_SELECTED:
+                    b_d += load_block(d_out_ptr + i_row * V, o_v, V, IS_REST)
+                store_block(d_z_ptr + i_row * V, o_v, b_d * inverse_temperature, V, IS_REST)
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -112,7 +126,7 @@ class _LogSoftmax(torch.autograd.Function):
         block = block_size(V, MAX_BLOCK_V)
         log_softmax_kernel[(lse.numel() // K,)](
             logits, ids, out, lse, 1.0 / temperature,
-            K=K, V=V, S=S, BLOCK_V=block, BLOCK_S=block_size(S, 1024) if S else 16, num_warps=NUM_WARPS,
+            K=K, V=V, S=S, BLOCK_V=block, BLOCK_S=block_size(S, 1024) if S else 16, **ROW_LAUNCH,
         )  # fmt: skip
         ctx.save_for_backward(logits, lse, ids)
         ctx.temperature, ctx.is_selected, ctx.block = temperature, token_ids is not None, block
@@ -130,7 +144,7 @@ class _LogSoftmax(torch.autograd.Function):
         grad_logits = torch.empty(logits.shape, dtype=dtype, device=logits.device)
         log_softmax_backward_kernel[(lse.numel() // K,)](
             logits, lse, grad_out, total, grad_logits, 1.0 / ctx.temperature,
-            K=K, V=V, IS_SELECTED=ctx.is_selected, BLOCK_V=ctx.block, num_warps=NUM_WARPS,
+            K=K, V=V, IS_SELECTED=ctx.is_selected, BLOCK_V=ctx.block, **ROW_LAUNCH,
         )  # fmt: skip
         if ctx.is_selected:
             grad_logits.scatter_add_(-1, ids, grad_out.float() / ctx.temperature)
