@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from mind_kernels import triton_columns
+from mind_kernels.chunking import row_buffer
 from mind_kernels.consistency import triton_path as consistency
 from mind_kernels.consistency.triton_path import pairwise_jsd
 from mind_kernels.cross_entropy import triton_path as cross_entropy
@@ -129,7 +130,7 @@ def shipped(V: int, dtype: torch.dtype, quick: bool) -> list[Launch]:
     """The launches of every operation on two rows of V logits."""
     launches: list[Launch] = []
     rows, fp32 = torch.arange(2), torch.float32
-    z, ones, losses = torch.zeros(2, V, dtype=dtype), torch.ones(2), torch.zeros(2)
+    z, ones, losses = row_buffer(2, V, dtype, torch.device("cpu"), "triton").zero_(), torch.ones(2), torch.zeros(2)
     pairs = PairGradient(torch.zeros(2, V, dtype=fp32), torch.zeros(2))
     for name, softcap, pair, gradient in [
         ("gradient", None, None, True),
@@ -155,7 +156,7 @@ def shipped(V: int, dtype: torch.dtype, quick: bool) -> list[Launch]:
                     )  # fmt: skip
     with recording("top-k", launches):
         topk_kl_(
-            z.clone(), z, torch.zeros(2, 8, dtype=torch.int64), torch.full((2, 8), -3.0), "bucket", rows, ones, ones,
+            z, z, torch.zeros(2, 8, dtype=torch.int64), torch.full((2, 8), -3.0), "bucket", rows, ones, ones,
             losses, losses, KLOptions(), pairs=pairs, needs_gradient=True,
         )  # fmt: skip
     for K in (8,) if quick else (2, 4, 8):

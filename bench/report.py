@@ -295,9 +295,9 @@ def largest_rows(points: Sequence[tuple[int, int]], capacity: int) -> int:
 
 
 def documented_peak(case: Document, num_rows: int) -> int:
-    """Bytes of this project's cross-entropy over more rows than one chunk holds, inputs included.
+    """Bytes of this project's cross-entropy over more rows than forty chunks hold, inputs included.
 
-    Hidden states, head and their gradients + the budget + the fp32 accumulator of a 16-bit weight gradient.
+    Hidden states, head and their gradients + the budget + the fp32 sum that so many chunks of 16 bits need.
     """
     H, V, itemsize = case["hidden_size"], case["vocab_size"], getattr(torch, case["dtype"]).itemsize
     accumulator = 4 * V * H if itemsize == 2 else 0

@@ -10,8 +10,8 @@ a chunk (S supervised rows in all; V vocabulary; H hidden size):
 
 Since the loss is linear in the coefficients and they are known beforehand, gradients are made while the logits are at
 hand: each row's logits are computed once. Three products of 2·S·H·V FLOP each (two when the head is frozen), plus one
-for a TeacherHidden; peak extra memory: the gradients + max_logits_bytes (+ 4·V·H bytes of fp32 accumulator when a
-16-bit weight gradient is pruned, takes more than MOST_ROUNDINGS chunks, or more than one with logits_dtype=float32).
+for a TeacherHidden; peak extra memory: the gradients + max_logits_bytes (+ 4·V·H bytes of fp32 sum when a 16-bit
+weight gradient is pruned, takes more than MOST_ROUNDINGS chunks, or more than one with logits_dtype=float32).
 With gradient_tolerance, dX and dW are of the columns of G that matter: see pruning.py.
 
 The host waits for the device only to learn how many rows there are, and not at all when it is told (supervised_index,
@@ -143,7 +143,8 @@ def sweep(
     if need_grad_weight:
         num_products = sum(chunk.needs_gradient for chunk in chunks)
         most_roundings = 1 if is_wide or prunes_weight else MOST_ROUNDINGS
-        sum_dtype = compute_dtype if num_products <= most_roundings else stats
+        is_16_bits = lm_head_weight.dtype == compute_dtype and num_products <= most_roundings
+        sum_dtype = compute_dtype if is_16_bits else stats
         weight_gradient = _WeightGradient(V, H, compute_dtype, sum_dtype, device)
 
     losses_and_gradient_: Callable[[Tensor, Tensor, Chunk, TeacherRows | None], None]

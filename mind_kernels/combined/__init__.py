@@ -103,8 +103,8 @@ def mind_loss(
     num_questions, before their weights; a term of weight 0 is not computed and told as 0) and rationale_losses (B, K),
     CE in nats per token, 0 without supervised tokens.
 
-    Peak extra memory: the gradients + max_logits_bytes (+ 4·V·H bytes of fp32 accumulator when 16-bit products need
-    more than one chunk or are pruned).
+    Peak extra memory: the gradients + max_logits_bytes (+ 4·V·H bytes when a 16-bit weight gradient is summed in fp32:
+    over more than 40 chunks of logits, over several with logits_dtype=float32, or when it is pruned).
 
     Raises: ValueError or TypeError naming the argument, what was given and what is wanted.
     Source: MIND (arXiv 2601.03717), equations as in this docstring.

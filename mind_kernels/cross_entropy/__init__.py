@@ -72,8 +72,9 @@ def fused_linear_cross_entropy(
     rationale_weights; and the detached CE_r in nats per token, in the shape of the weights, 0 for a rationale without a
     supervised token. Both fp32 (fp64 for fp64).
 
-    Peak extra memory: the gradients + max_logits_bytes (+ 4·V·H bytes of fp32 accumulator when 16-bit products need
-    more than one chunk or are pruned). Without a gradient: max_logits_bytes.
+    Peak extra memory: the gradients + max_logits_bytes (+ 4·V·H bytes when a 16-bit weight gradient is summed in fp32:
+    over more than 40 chunks of logits, over several with logits_dtype=float32, or when it is pruned).
+    Without a gradient: max_logits_bytes.
 
     Raises: ValueError or TypeError naming the argument, what was given and what is wanted.
     Source: gradients in the forward pass follow from the loss's linearity; derivation in this folder's README.md.

@@ -10,6 +10,7 @@ import pytest
 MEASURE = """
 import torch
 from mind_kernels import fused_linear_cross_entropy, fused_linear_kl, TeacherHidden
+from mind_kernels.linear_sweep import MOST_ROUNDINGS
 from mind_kernels.testing import peak_extra_bytes
 
 torch.set_num_threads(1)
@@ -29,7 +30,8 @@ def step():
 fused_linear_cross_entropy(X[:8], W[:512], labels[:8] % 512)[0].backward()
 X.grad = W.grad = None
 gradients = X.nbytes + (W.nbytes if W.requires_grad else 0)
-accumulator = V * H * 4 if dtype != torch.float32 and W.requires_grad and N * V * dtype.itemsize > {budget} else 0
+chunks = -(-N // ({budget} // (V * dtype.itemsize)))
+accumulator = V * H * 4 if dtype != torch.float32 and W.requires_grad and chunks > MOST_ROUNDINGS else 0
 print(peak_extra_bytes(step), gradients, accumulator)
 """
 
@@ -42,9 +44,10 @@ MiB = 2**20
         ("one-chunk", "float32", 256, 128 * MiB, True, None),
         ("many-chunks", "float32", 512, 24 * MiB, True, None),
         ("one-chunk", "bfloat16", 256, 64 * MiB, True, None),
-        ("many-chunks-with-accumulator", "bfloat16", 512, 24 * MiB, True, None),
+        ("many-chunks", "bfloat16", 512, 24 * MiB, True, None),
+        ("so-many-chunks-that-the-sum-is-fp32", "bfloat16", 512, 3 * MiB, True, None),
         ("frozen-head", "bfloat16", 512, 24 * MiB, False, None),
-        # 128 MiB of logits and half as much of the teacher's, in one chunk: no accumulator
+        # 128 MiB of logits and half as much of the teacher's, in one chunk
         ("teacher-in-parts", "bfloat16", 512, 200 * MiB, True, "jsd"),
         ("teacher-in-chunks", "float32", 1024, 200 * MiB, True, "forward"),
     ],
