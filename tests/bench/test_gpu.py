@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu
+from bench import gpu, tune
 from bench.shapes import Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,3 +36,16 @@ def test_no_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["bench.gpu"])
     with pytest.raises(SystemExit, match=r"^bench.gpu: no GPU is available, wanted one \(or --dry-run\)$"):
         gpu.main()
+
+
+def test_launches_are_timed_only_when_they_are_right(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(tune.linear_kl, "dense_kl_", lambda *args, **kwargs: None)
+    tune.main(["--dry-run", "--results", str(tmp_path / "tune.json")])
+    rows = json.loads((tmp_path / "tune.json").read_text())["rows"]
+    alone, joint = ([row for row in rows if ("KL" in row["kernel"]) == with_kl] for with_kl in (False, True))
+    assert len(alone) == 3 and all(row["status"] == "ok" and row["ms"] > 0 for row in alone)
+    assert [row["shipped"] for row in alone] == [True, False, False]
+    assert joint and all(row["status"] == "wrong: error inf" and row["ms"] is None for row in joint)
+    assert "shipped" in capsys.readouterr().out

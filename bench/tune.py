@@ -1,0 +1,149 @@
+"""Which launch suits the row kernels on this GPU: tokens taken at a time and warps a program, timed one by one.
+
+    python -m bench.tune [--results FILE] [--dry-run]
+
+For each vocabulary a chunk of bf16 logits as the default budget makes it, with a teacher the part whose logits are held
+together. Every launch is checked against fp32 before it is timed; one that is wrong, or does not fit the device, is a
+row that says so. The yardstick is a copy of the same logits on the same device: each read and written once, the least a
+kernel can do. What is shipped stands first; what beats it belongs into MAX_BLOCK_V and ROW_LAUNCH. About two minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench.gpu import Bench, environment  # first: without a GPU it turns Triton's interpreter on
+from mind_kernels.chunking import DEFAULT_MAX_LOGITS_BYTES, PART_ROWS, PARTS, row_buffer
+from mind_kernels.cross_entropy import triton_path as cross_entropy
+from mind_kernels.linear_kl import triton_path as linear_kl
+from mind_kernels.teacher_rows import KLOptions
+from mind_kernels.testing import relative_error, repair_interpreter
+
+VOCABULARIES = (128_256, 151_936, 262_144, 50_257)
+LAUNCHES = ((2048, 4), (2048, 8), (4096, 4), (4096, 8), (4096, 16), (8192, 8), (8192, 16), (8192, 32), (16_384, 32))
+REGISTERS = 65_536  # of a multiprocessor
+CHECKED_ROWS = 16
+ALLOWED_ERROR = 1e-2  # of a bf16 gradient: twice its rounding
+
+
+class Rows:
+    """Logits, labels and a teacher's logits of one chunk, and the two kernels' calls on some of its rows."""
+
+    def __init__(self, m: int, V: int, device: str):
+        generator = torch.Generator(device).manual_seed(0)
+        self.z, self.d, self.t = (row_buffer(m, V, torch.bfloat16, torch.device(device), "triton") for _ in range(3))
+        self.z.normal_(0, 3, generator=generator)
+        self.t.normal_(0, 3, generator=generator)
+        self.labels = torch.randint(0, V, (m,), generator=generator, device=device)
+        self.index, self.ones = torch.arange(m, device=device), torch.ones(m, device=device)
+        self.loss, self.kl = torch.empty(m, device=device), torch.empty(m, device=device)
+
+    def cross_entropy(self, rows: int) -> None:
+        n = slice(rows)
+        cross_entropy.cross_entropy_(
+            self.z[n], self.d[n], self.labels[n], self.ones[n], self.loss[n],
+            logit_scale=1.0, logit_softcap=None, pairs=None, needs_gradient=True,
+        )  # fmt: skip
+
+    def cross_entropy_and_kl(self, rows: int) -> None:
+        n = slice(rows)
+        linear_kl.dense_kl_(
+            self.z, self.index[n], self.d, self.t, self.index[n], self.labels[n], self.ones[n], self.ones[n],
+            self.loss[n], self.kl[n], KLOptions(), V_shared=self.z.shape[1], needs_gradient=True,
+        )  # fmt: skip
+
+    def error(self, run: Callable[[int], None], with_kl: bool) -> float:
+        """Of the gradient, or that of the losses, which are fp32, a thousandfold: the larger."""
+        n = slice(min(CHECKED_ROWS, len(self.z)))
+        self.d[n], self.loss[n], self.kl[n] = torch.nan, torch.nan, torch.nan
+        run(n.stop)
+        z, t = self.z[n].float(), self.t[n].float()
+        losses, wanted = self.loss[n], F.cross_entropy(z, self.labels[n], reduction="none")
+        gradient = torch.softmax(z, -1) - F.one_hot(self.labels[n], z.shape[1])
+        if with_kl:
+            log_s, log_t = torch.log_softmax(z, -1), torch.log_softmax(t, -1)
+            losses, wanted = losses + self.kl[n], wanted + (log_t.exp() * (log_t - log_s)).sum(-1)
+            gradient += log_s.exp() - log_t.exp()
+        errors = [relative_error(self.d[n], gradient), 1e3 * relative_error(losses, wanted)]
+        return max(errors) if all(error == error for error in errors) else float("inf")
+
+
+def measure(V: int, device: str, bench: Bench, launches: tuple[tuple[int, int], ...]) -> list[dict[str, Any]]:
+    m = min(DEFAULT_MAX_LOGITS_BYTES // (2 * V), 64 if device == "cpu" else 2**16)
+    rows = Rows(m, V, device)
+    found: list[dict[str, Any]] = []
+
+    def add(what: str, module: ModuleType, run: Callable[[int], None], num_rows: int, tensors: int) -> None:
+        copied: tuple[Tensor, Tensor] = rows.d[:num_rows], rows.z[:num_rows]
+        copy = bench(lambda: copied[0].copy_(copied[1])).p50
+        shipped = module.MAX_BLOCK_V, module.ROW_LAUNCH["num_warps"]
+        for block, warps in dict.fromkeys((shipped, *launches)):
+            launch = dict(module.ROW_LAUNCH, num_warps=warps)
+            if "maxnreg" in launch:
+                launch["maxnreg"] = min(launch["maxnreg"], REGISTERS // (32 * warps))
+            row = {"kernel": what, "V": V, "rows": num_rows, "tokens": block, "warps": warps, "copy_ms": copy}
+            row |= {"shipped": (block, warps) == shipped, "ms": None, "status": "ok"}
+            with patch.multiple(module, MAX_BLOCK_V=block, ROW_LAUNCH=launch):
+                try:
+                    error = rows.error(run, with_kl=tensors == 2)
+                    if error > ALLOWED_ERROR:
+                        row["status"] = f"wrong: error {error:.1e}"
+                    else:
+                        row["ms"] = bench(lambda: run(num_rows)).p50
+                except Exception as error:  # a launch that the compiler or the device refuses; the others go on
+                    row["status"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            found.append(row)
+
+    add("cross-entropy", cross_entropy, rows.cross_entropy, m, 1)
+    part = min(m, max(PART_ROWS, -(-m // PARTS)))
+    add("cross-entropy + forward KL", linear_kl, rows.cross_entropy_and_kl, part, 2)
+    return found
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table(title="row kernels, bf16, loss and gradient", title_justify="left")
+    for column in ("kernel", "V", "rows", "tokens", "warps", "ms", "× a copy", ""):
+        table.add_column(column, justify="left" if column in ("kernel", "") else "right")
+    for row in rows:
+        time = ("", "") if row["ms"] is None else (f"{row['ms']:.3f}", f"{row['ms'] / row['copy_ms']:.2f}")
+        note = "shipped" if row["shipped"] else ""
+        table.add_row(
+            row["kernel"], str(row["V"]), str(row["rows"]), str(row["tokens"]), str(row["warps"]), *time,
+            note if row["status"] == "ok" else row["status"],
+        )  # fmt: skip
+    Console(width=150).print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, help="write what was measured as JSON, for bench/results/")
+    parser.add_argument("--dry-run", action="store_true", help="a tiny vocabulary and one repetition, on any device")
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not options.dry_run:
+        raise SystemExit("bench.tune: no GPU is available, wanted one (or --dry-run)")
+    if device == "cpu":
+        repair_interpreter()
+    bench = Bench(device, 1 if options.dry_run else 30)
+    vocabularies, launches = ((600,), LAUNCHES[:2]) if options.dry_run else (VOCABULARIES, LAUNCHES)
+    rows = [row for V in vocabularies for row in measure(V, device, bench, launches)]
+    show(rows)
+    if options.results:
+        document = {"environment": environment(device), "rows": rows}
+        options.results.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
