@@ -22,9 +22,9 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 WIDTH: tl.constexpr = tl.constexpr(8)  # one 16-byte load of 16-bit numbers
 
-# A program has 256 threads, and several programs share a multiprocessor: while one waits for its row's sums, the others
-# load. 128 registers leave room for two of the largest kernels; HIP knows no such option.
-ROW_LAUNCH = {"num_warps": 4} if torch.version.hip else {"num_warps": 8, "maxnreg": 128}
+# A program has 8 warps, and several programs share a multiprocessor: while one waits for its row's sums, the others load.
+# 128 registers leave room for two of the largest kernels; HIP knows no such option.
+ROW_LAUNCH = {"num_warps": 8} if torch.version.hip else {"num_warps": 8, "maxnreg": 128}
 
 # Where an online maximum starts: finite, so that −inf − maximum is −inf and never NaN.
 LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
