@@ -22,7 +22,7 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 WIDTH: tl.constexpr = tl.constexpr(8)  # one 16-byte load of 16-bit numbers
 
-# A program has 8 warps, and several programs share a multiprocessor: while one waits for its row's sums, the others load.
+# A program has 8 warps, and several programs share a multiprocessor: while one waits for its sums, the others load.
 # 128 registers leave room for two of the largest kernels; HIP knows no such option.
 ROW_LAUNCH = {"num_warps": 8} if torch.version.hip else {"num_warps": 8, "maxnreg": 128}
 
