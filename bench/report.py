@@ -46,16 +46,12 @@ def merge(documents: Sequence[Document]) -> dict[str, Document]:
     cases: dict[str, Document] = {}
     for document in documents:
         for case in document["cases"]:
-            known = cases.get(case["id"])
-            if known is None:
-                cases[case["id"]] = case
-                continue
+            known = cases.get(case["id"], {"rows": []})
             rows = {row["provider"]: row for row in known["rows"]}
             for row in case["rows"]:
                 if row["status"] != NOT_RUN or row["provider"] not in rows:
                     rows[row["provider"]] = _own_scale(row, case)
-            base = case if "roofline_ms" in case else known
-            cases[case["id"]] = base | {"rows": [_own_scale(row, base) for row in rows.values()]}
+            cases[case["id"]] = known | case | {"rows": list(rows.values())}
     return cases
 
 

@@ -379,3 +379,15 @@ def test_a_trainer_that_cannot_run_is_a_row(tmp_path: Path, monkeypatch: pytest.
     rows = json.loads(path.read_text())["rows"]
     assert [row["status"] for row in rows] == [UNAVAILABLE, FAILED]
     assert "unknown" in rows[1]["reason"]
+
+
+def test_each_runs_rows_are_multiples_of_that_runs_roofline() -> None:
+    def run(provider: str, milliseconds: float, roofline: float) -> dict:
+        row = {"provider": provider, "status": "ok", "times": {"both": {"p50": milliseconds}}}
+        return {"cases": [{"id": "case", "roofline_ms": {"both": roofline}, "products": {}, "rows": [row]}]}
+
+    runs = [run("first", 150.0, 100.0), run("second", 300.0, 200.0), run("third", 75.0, 50.0)]
+    (case,) = report.merge(runs).values()
+    assert {row["provider"]: report.ratio(row, case) for row in case["rows"]} == dict.fromkeys(
+        ("first", "second", "third"), 1.5
+    )
