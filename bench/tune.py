@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from bench.gpu import Bench, environment  # first: without a GPU it turns Triton's interpreter on
 from mind_kernels.chunking import DEFAULT_MAX_LOGITS_BYTES, PART_ROWS, PARTS, row_buffer
@@ -85,9 +84,9 @@ def measure(V: int, device: str, bench: Bench, launches: tuple[tuple[int, int], 
     rows = Rows(m, V, device)
     found: list[dict[str, Any]] = []
 
-    def add(what: str, module: ModuleType, run: Callable[[int], None], num_rows: int, tensors: int) -> None:
-        copied: tuple[Tensor, Tensor] = rows.d[:num_rows], rows.z[:num_rows]
-        copy = bench(lambda: copied[0].copy_(copied[1])).p50
+    def add(what: str, module: ModuleType, run: Callable[[int], None], num_rows: int, with_kl: bool) -> None:
+        z, d = rows.z[:num_rows], rows.d[:num_rows]
+        copy = bench(lambda: d.copy_(z)).p50
         shipped = module.MAX_BLOCK_V, module.ROW_LAUNCH["num_warps"]
         for block, warps in dict.fromkeys((shipped, *launches)):
             launch = dict(module.ROW_LAUNCH, num_warps=warps)
@@ -97,18 +96,18 @@ def measure(V: int, device: str, bench: Bench, launches: tuple[tuple[int, int], 
             row |= {"shipped": (block, warps) == shipped, "ms": None, "status": "ok"}
             with patch.multiple(module, MAX_BLOCK_V=block, ROW_LAUNCH=launch):
                 try:
-                    error = rows.error(run, with_kl=tensors == 2)
+                    error = rows.error(run, with_kl)
                     if error > ALLOWED_ERROR:
                         row["status"] = f"wrong: error {error:.1e}"
                     else:
                         row["ms"] = bench(lambda: run(num_rows)).p50
-                except Exception as error:  # a launch that the compiler or the device refuses; the others go on
-                    row["status"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+                except Exception as refusal:  # of the compiler or the device; the others go on
+                    row["status"] = f"{type(refusal).__name__}: {str(refusal)[:80]}"
             found.append(row)
 
-    add("cross-entropy", cross_entropy, rows.cross_entropy, m, 1)
+    add("cross-entropy", cross_entropy, rows.cross_entropy, m, False)
     part = min(m, max(PART_ROWS, -(-m // PARTS)))
-    add("cross-entropy + forward KL", linear_kl, rows.cross_entropy_and_kl, part, 2)
+    add("cross-entropy + forward KL", linear_kl, rows.cross_entropy_and_kl, part, True)
     return found
 
 

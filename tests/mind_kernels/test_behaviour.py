@@ -33,7 +33,7 @@ from mind_kernels import (
 from mind_kernels.chunking import Chunk, Rows, plan_chunks, teacher_parts
 from mind_kernels.combined.reference import reference_mind_loss
 from mind_kernels.divergences import divergence_and_gradient, pairwise_jsd_and_gradient
-from mind_kernels.testing import MindCase, random_case, random_teacher, relative_error
+from mind_kernels.testing import MindCase, assert_as_good_as_plain, random_case, random_teacher, relative_error
 
 
 def call_mind_loss(case: MindCase, **more):
@@ -359,6 +359,21 @@ def test_bf16_weight_gradient_over_many_chunks_is_summed_in_fp32() -> None:
     loss, _ = fused_linear_cross_entropy(hidden, weight, labels, reduction="sum", max_logits_bytes=V * 2)
     loss.backward()
     assert weight.grad[1, 0] == 0.25 * N
+
+
+def test_bf16_weight_gradient_summed_in_place_is_within_the_rule_of_tolerance() -> None:
+    # Logits of a student: the rounding of values of this size is what a 16-bit gradient's error is made of.
+    N, H, V, generator = 4 * linear_sweep.MOST_ROUNDINGS, 64, 500, torch.Generator().manual_seed(0)
+    common = torch.randn(H, generator=generator)  # in every chunk, so that the sum grows and each rounding counts
+    hidden = (4 * torch.randn(N, H, generator=generator) + 4 * common).bfloat16()
+    weight = (H**-0.5 * 2 * torch.randn(V, H, generator=generator)).bfloat16().requires_grad_()
+    labels = torch.randint(0, V, (N,), generator=generator)
+    loss, _ = fused_linear_cross_entropy(hidden, weight, labels, max_logits_bytes=4 * V * 2)
+    (summed,) = torch.autograd.grad(loss, weight)
+    (plain,) = torch.autograd.grad(F.cross_entropy(F.linear(hidden, weight), labels), weight)
+    exact_weight = weight.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(F.cross_entropy(F.linear(hidden.double(), exact_weight), labels), exact_weight)
+    assert_as_good_as_plain("grad_lm_head_weight", summed, plain, exact, factor=1.5, floor=0.0)
 
 
 def test_autocast_uses_its_dtype_and_returns_gradients_of_the_parameters_dtype() -> None:
