@@ -67,6 +67,7 @@ def attach_mind_loss(model: nn.Module, **loss_options: Any) -> MindAttachment:
     return_hidden_states: True puts last_hidden_state into the MindOutput.
 
     model: a PreTrainedModel, or one inside a PeftModel or DistributedDataParallel. Its head must be a plain nn.Linear.
+        For FSDP2 attach first, then fully_shard the layers and the model (head and base in the model's own group).
     loss_options: settings of mind_kernels.MindLoss. logit_scale and logit_softcap default to what the config says
         (logits_scaling, logit_scale, final_logit_softcapping).
 
@@ -326,7 +327,8 @@ def _plain_head(model: PreTrainedModel) -> nn.Linear:
     if kind is not nn.Linear or type(head.weight) is not nn.Parameter or head.weight.element_size() < 2:
         raise ValueError(
             f"model: the head of this {name} is a {kind.__name__} with a {head.weight.dtype} "
-            f"{type(head.weight).__name__}; wanted a plain nn.Linear, neither quantised nor wrapped"
+            f"{type(head.weight).__name__}; wanted a plain nn.Linear, neither quantised nor wrapped; "
+            "attach before fully_shard"
         )
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
     if any(hooks) or "forward" in vars(head):

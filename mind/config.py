@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from mind.prompting import PromptFormat
 
+SHARDING = "a rank measures rationales that others have not, and sharded ranks must read together"
 ASSISTANT_METHODS = ("mind", "instant_meta", "no_attention", "no_cons")  # those whose weights a teaching assistant sets
 
 
@@ -188,8 +189,11 @@ class MindConfig(TrainingArguments):
             ("auto_find_batch_size", False, "it starts training again after the assistant has moved"),
             ("include_num_input_tokens_seen", "no", "supervised tokens per second are logged instead"),
             ("remove_unused_columns", False, "batches are questions, not columns"),
+            ("fsdp", None, SHARDING),
+            ("deepspeed", None, SHARDING),
+            ("parallelism_config", None, SHARDING),
         ):
-            given = getattr(self, name)
+            given = getattr(self, name, None)  # not each is in the oldest
             self._want(name, given == value or not given, f"{value!r}: {reason}")
         if self.share_prompt:
             self._want("gradient_checkpointing", not self.gradient_checkpointing, "False with share_prompt")

@@ -30,7 +30,7 @@ from mind.attach import MindAttachment, attach_mind_loss
 from mind.calibration import Calibrator
 from mind.checkpoint import PARTIAL_PREFIX, STATE_FILE, publish, read_state, remove_partial
 from mind.collator import QuestionBatch, SharedPrompts, collate, shared_prompts, student_inputs
-from mind.config import MindConfig
+from mind.config import SHARDING, MindConfig
 from mind.data import EncodedQuestion, MindDataset
 from mind.feedback import Feedback, peak_memory_bytes, summarise
 from mind.generate.topk import TopKTeacher
@@ -87,6 +87,9 @@ class MindTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # asked for by accelerate's launcher
+            given = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            raise ValueError(f"given {given}, want one whole student a rank, as torchrun gives: {SHARDING}")
         self.model_accepts_loss_kwargs = True  # the same, for a Trainer that does not know loss_is_scaled_for_ga
         self.add_callback(_StepCallback(self))
         self.perspectives = train_dataset.perspectives

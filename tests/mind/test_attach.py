@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from mind.attach import MindOutput, attach_mind_loss
 from mind.collator import shared_prompts, student_inputs
@@ -424,6 +428,43 @@ def test_distributed_data_parallel(tmp_path, attach_first: bool) -> None:
         wrapped = None
         gc.collect()
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def one_rank(tmp_path) -> Iterator[DeviceMesh]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    gc.collect()
+    torch.distributed.destroy_process_group()
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    for layer in model.get_decoder().layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])  # gemma3: tied embeddings, and a cap
+def test_fully_shard(architecture: str, one_rank: DeviceMesh) -> None:
+    """Gradients of a student whose parameters are whole within its own forward alone."""
+    model = build(architecture)
+    wanted_model = copy.deepcopy(model)
+    attach_mind_loss(wanted_model)
+    wanted = gradients(wanted_model(**mind_inputs()).loss, wanted_model)
+    attachment = attach_mind_loss(model)
+    shard(model, one_rank)
+    assert isinstance(model.get_output_embeddings().weight, DTensor)
+    model(**mind_inputs()).loss.backward()
+    got = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    assert_gradients_close(got, wanted, 1e-12)
+    attachment.detach()
+
+
+def test_fully_shard_before_the_loss(one_rank: DeviceMesh) -> None:
+    model = build("llama")
+    shard(model, one_rank)
+    with pytest.raises(ValueError, match=r"with a torch.float64 DTensor; wanted .*; attach before fully_shard"):
+        attach_mind_loss(model)
 
 
 def lora(**settings) -> PeftModel:

@@ -805,6 +805,8 @@ def test_a_student_that_is_not_finite_from_the_start(tmp_path: Path) -> None:
         ("label_smoothing_factor", 0.1, "label_smoothing_factor: given 0.1, want 0.0: the fused loss"),
         ("remove_unused_columns", True, "remove_unused_columns: given True, want False"),
         ("gradient_checkpointing", True, "gradient_checkpointing: given True, want False with share_prompt"),
+        ("fsdp", "full_shard", "fsdp: given 'full_shard', want None: a rank measures rationales that others have not"),
+        ("deepspeed", "zero3.json", "deepspeed: given 'zero3.json', want None: a rank measures rationales"),
     ],
 )
 def test_settings_out_of_range(field: str, value: Any, message: str, tmp_path: Path) -> None:
