@@ -30,7 +30,7 @@ from mind_kernels.arguments import product_dtype, refuse_second_derivative, with
 from mind_kernels.chunking import Chunk, plan_chunks, row_buffer, teacher_parts
 from mind_kernels.plan import RowLosses, SweepOptions, make_plan
 from mind_kernels.pruning import ChunkColumns, GradientPruning, choose_columns, most_kept
-from mind_kernels.reduction import statistics_dtype, weighted_sum
+from mind_kernels.reduction import multiply_, statistics_dtype, weighted_sum
 from mind_kernels.teacher_rows import TILE, TeacherRows, has_wide_products, project
 from mind_kernels.teachers import TeacherHidden
 from mind_kernels.torch_rows import TorchRows
@@ -279,9 +279,9 @@ class _LinearLoss(torch.autograd.Function):
                 result = sweep(*tensors, *ctx.sweep_arguments)
         factor = grad_loss * result.gradient_scale
         gradients = [result.grad_hidden_states, result.grad_lm_head_weight, result.grad_lm_head_bias]
-        # On a CPU looking at the factor is free and 1 is the rule; on a GPU it would wait for the device.
-        if not (factor.device.type == "cpu" and float(factor) == 1.0):
-            gradients = [None if gradient is None else gradient.mul_(factor) for gradient in gradients]
+        for gradient in gradients:
+            if gradient is not None:
+                multiply_(gradient, factor, ctx.sweep_arguments[0].backend)
         grad_weights = (grad_loss * ctx.grad_weights).to(tensors[3].dtype) if ctx.needs_input_grad[3] else None
         return *gradients, grad_weights, None, None, None
 

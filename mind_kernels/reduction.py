@@ -16,6 +16,21 @@ def weighted_sum(weights: Tensor, losses: Tensor) -> Tensor:  # (R,), (R,) -> ()
     return weights.dot(losses.masked_fill((weights == 0) & losses.isinf(), 0.0))
 
 
+def multiply_(gradient: Tensor, factor: Tensor, backend: str) -> None:
+    """gradient *= factor (), what `backward` is given: 1 as a rule, and then nothing is read or written.
+
+    On a CPU looking at the factor is free; on a GPU the host would wait, so a kernel looks.
+    """
+    if factor.device.type == "cpu" and float(factor) == 1.0:
+        return
+    if backend == "triton" and gradient.is_contiguous():
+        from mind_kernels import triton_multiply
+
+        triton_multiply.multiply_(gradient, factor)
+    else:
+        gradient.mul_(factor)
+
+
 class RationaleReduction:
     """weight (N,): ∂(Σ_r w_r·L_r)/∂(loss of row n), 0 for a row that is not supervised.
 

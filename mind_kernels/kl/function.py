@@ -10,7 +10,7 @@ from torch import Tensor
 from mind_kernels.arguments import Rationales, refuse_second_derivative
 from mind_kernels.kl.call import KLCall
 from mind_kernels.kl.torch_path import torch_divergences
-from mind_kernels.reduction import weighted_sum
+from mind_kernels.reduction import multiply_, weighted_sum
 from mind_kernels.teacher_rows import KLOptions
 from mind_kernels.teachers import Teacher
 
@@ -58,7 +58,7 @@ class _TAWeightedKL(torch.autograd.Function):
             if grad_logits is None:
                 _, grad_logits = _divergences(logits, rationale_weights, ctx.options, True)
             assert grad_logits is not None
-            grad_logits.mul_(grad_loss)
+            multiply_(grad_logits, grad_loss, ctx.options.backend)
         if ctx.needs_input_grad[1]:
             grad_weights = (grad_loss * losses).reshape(rationale_weights.shape).to(rationale_weights.dtype)
         return grad_logits, grad_weights, None

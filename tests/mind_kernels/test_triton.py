@@ -42,6 +42,7 @@ from mind_kernels.log_softmax.reference import reference_log_softmax
 from mind_kernels.teacher_rows import KLOptions, topk_divergence
 from mind_kernels.teachers import Teacher
 from mind_kernels.testing import MindCase, assert_as_good_as_plain, random_case, random_teacher, relative_error
+from mind_kernels.triton_multiply import BLOCK, MOST_PROGRAMS, multiply_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # (B, K, T, H, V, A), each with its reason
@@ -72,6 +73,21 @@ def close(name: str, given: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 
 
 # --- kernels -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("n", [1, BLOCK, 2 * BLOCK + 17])
+@pytest.mark.parametrize("programs", [1, MOST_PROGRAMS])
+def test_multiply_kernel(n: int, programs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mind_kernels.triton_multiply.MOST_PROGRAMS", programs)
+    x = randn(n).to(dtype)
+    for factor in (1.0, -2.0, 0.3, 0.0, math.nan):
+        given = torch.tensor(factor, device=DEVICE)
+        wanted, result = (x.float() * given).to(dtype), x.clone()
+        multiply_(result, given)
+        close(f"times {factor}", result.nan_to_num(7.0), wanted.nan_to_num(7.0), dtype)
+        if factor in (1.0, -2.0, 0.0):
+            assert torch.equal(result, wanted)
 
 
 def head(u: Tensor, scale: float, softcap: float | None) -> Tensor:
