@@ -1,5 +1,7 @@
 """Elementwise mathematics that several Triton kernels share, all in fp32.
 
+A constant stands behind what it multiplies: from Triton 3.8 on its interpreter makes a constant of constant × tensor.
+
 Kernels count in bits: a logit is multiplied by log₂e as it comes in, and 2^x and log₂x are then one instruction each,
 where eˣ and log x take three more that guard the smallest numbers and change the base. What leaves a kernel is in nats.
 
@@ -79,7 +81,7 @@ def softplus2(x):
 @triton.jit
 def tanh(x):
     """(1 − e)/(1 + e) with e = exp(−2|x|); the series to x⁷ below 0.2, where 1 − e loses digits."""
-    e = tl.exp2(-2.0 * LOG2E * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     large = (1.0 - e) / (1.0 + e)
     x2 = x * x
     small = x * (1.0 - x2 * (1.0 / 3.0 - x2 * (2.0 / 15.0 - x2 * (17.0 / 315.0))))
@@ -91,7 +93,7 @@ def apply_head(u, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """z = softcap(scale·u), u the bare product; in bits where scale and softcap come times log₂e."""
     z = u.to(tl.float32) * scale
     if HAS_SOFTCAP:
-        z = softcap * tanh(z / softcap)
+        z = tanh(z / softcap) * softcap
     return z
 
 
@@ -134,5 +136,5 @@ def label_loss(z_label, z_max, z_sum):
     rest = z_sum * tl.exp2(z_max - top)
     total = e_label + rest
     lse = top + tl.log2(total)
-    loss = tl.where(z_label >= z_max, log1p(rest / tl.maximum(e_label, 0.5)), LN2 * (lse - z_label))
+    loss = tl.where(z_label >= z_max, log1p(rest / tl.maximum(e_label, 0.5)), (lse - z_label) * LN2)
     return loss, rest / total, lse

@@ -108,10 +108,10 @@ def pairs_kernel(
             b_ratio_i = 1.0 - softplus2(b_d)  # log₂(P_i/M) = 1 − log₂(1 + P_j/P_i)
             b_ratio_j = b_ratio_i + b_d
             is_pair = ((rows[i] >= 0) & (rows[j] >= 0)).to(tl.float32)
-            jsd = 0.5 * LN2 * tl.sum(probs[i] * b_ratio_i + probs[j] * b_ratio_j, axis=0)
+            jsd = tl.sum(probs[i] * b_ratio_i + probs[j] * b_ratio_j, axis=0) * (0.5 * LN2)
             tl.store(jsd_ptr + i * K + j, is_pair * jsd)
             if NEEDS_GRADIENT:
-                weight = LN2 * is_pair * tl.load(weight_ptr + i * K + j)
+                weight = is_pair * tl.load(weight_ptr + i * K + j) * LN2
                 sums = sums[:i] + (sums[i] + weight * b_ratio_i,) + sums[i + 1 :]  # noqa: RUF005
                 sums = sums[:j] + (sums[j] + weight * b_ratio_j,) + sums[j + 1 :]  # noqa: RUF005
     if NEEDS_GRADIENT:

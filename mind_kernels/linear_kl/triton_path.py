@@ -166,7 +166,7 @@ def dense_kl_kernel(
                 b_kl_t += tl.sum(b_of_t, axis=1)
         kl_s = tl.sum(b_kl_s, axis=0)
         divergence = beta * tl.sum(b_kl_t, axis=0) + (1.0 - beta) * kl_s
-    tl.store(kl_loss_ptr + i_n, LN2 * loss_scale * divergence)
+    tl.store(kl_loss_ptr + i_n, divergence * (LN2 * loss_scale))
 
     if NEEDS_GRADIENT:
         kl_coefficient = tl.load(kl_coefficient_ptr + i_n) * loss_scale * inverse_temperature * logit_scale
@@ -294,7 +294,7 @@ def tail_kernel(
                 b_z = tl.where(o_v < V, b_z, float("-inf"))
             b_max, b_sum = online_sum(b_max, b_sum, b_z)
     z_max, z_sum = sum_of_lanes(b_max, b_sum)
-    tl.store(max_ptr + i_n, LN2 * z_max)
+    tl.store(max_ptr + i_n, z_max * LN2)
     tl.store(sum_ptr + i_n, z_sum)
 
 
@@ -319,7 +319,7 @@ def tail_gradient_kernel(
     d_ptr += i_n * stride_dn
     scale, softcap = logit_scale * LOG2E, logit_softcap * LOG2E
     label, rest = tl.load(label_ptr + i_n).to(tl.int32), tl.load(rest_ptr + i_n)
-    lse = LOG2E * tl.load(lse_ptr + i_n)
+    lse = tl.load(lse_ptr + i_n) * LOG2E
     coefficient, share = tl.load(coefficient_ptr + i_n) * logit_scale, tl.load(share_ptr + i_n) * logit_scale
     if HAS_PAIRS:
         pair_ptr += i_n * stride_pn
