@@ -39,8 +39,10 @@ MEAN_ROWS = 2048  # of W
 # multiprocessor. Scattered stores need registers: half the rows there.
 SUM_BLOCK = {"BLOCK_N": 16, "BLOCK_V": 256}
 COMPACT_BLOCK = {"BLOCK_N": 8, "BLOCK_V": 256}
-# Three programs of 4 warps to the registers of a multiprocessor; not told so, the compiler tries for more and spills.
+# Three and five programs of 4 warps to the registers of a multiprocessor; not told so, the compiler tries for more and
+# spills (head_mean on sm_100 with Triton 3.8).
 COMPACT_REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
+MEAN_REGISTERS = {} if torch.version.hip else {"maxnreg": 96}
 MEAN_BLOCK = {"BLOCK_V": 32, "BLOCK_H": 128}
 
 # Products. 128×128 results of 16-bit numbers, 64 at a time: 64 registers of sums a thread in 8 warps, and operands of
@@ -304,7 +306,7 @@ class TritonColumns(NamedTuple):
         programs = triton.cdiv(V, MEAN_ROWS)
         means = torch.empty(programs, H, dtype=torch.float32, device=W.device)
         head_mean_kernel[(triton.cdiv(H, MEAN_BLOCK["BLOCK_H"]), programs)](
-            W, W.stride(0), q, self.num_kept, means, V=V, H=H, ROWS=MEAN_ROWS, **MEAN_BLOCK
+            W, W.stride(0), q, self.num_kept, means, V=V, H=H, ROWS=MEAN_ROWS, **MEAN_BLOCK, **MEAN_REGISTERS
         )
         return means.sum(0)
 
