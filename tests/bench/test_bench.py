@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -235,7 +236,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_dry_run(run: Path) -> None:
     document = json.loads(run.read_text())
     assert [case["case"] for case in document["cases"]] == ["tiny", "tiny-mind", "tiny-kl", "tiny-jsd"]
-    assert document["environment"]["versions"]["torch"] == torch.__version__
+    assert document["environment"]["torch"] == torch.__version__
+    assert document["environment"]["versions"]["torch"] == importlib.metadata.version("torch")
     assert len(document["cases"][0]["rows"]) == 8
     assert not run.with_name(run.name + ".tmp").exists()
 
