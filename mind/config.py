@@ -39,10 +39,15 @@ class MindConfig(TrainingArguments):
     )
     beta: float = field(
         default=0.8,
-        metadata={"help": "A rationale is selected when its score is at least beta times the best, in [0, 1]."},
+        metadata={
+            "help": "A rationale is selected when its score is at least beta times the best, in [0, 1]. Scores that "
+            "fit differ as the losses do: where the best is near 1, those within 1 - beta nats of the easiest are selected."
+        },
     )
     tau: float = field(default=0.2, metadata={"help": "Temperature of the calibration loss and of instant_loss."})
-    tau_student: float = field(default=0.1, metadata={"help": "Temperature of the selected rationales' weights."})
+    tau_student: float = field(
+        default=0.1, metadata={"help": "Temperature of the selected rationales' weights, in units of the score."}
+    )
     consistency_weight: float = field(
         default=0.1, metadata={"help": "λ: weight of the divergence between the answers after different rationales."}
     )
