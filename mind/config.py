@@ -40,8 +40,8 @@ class MindConfig(TrainingArguments):
     beta: float = field(
         default=0.8,
         metadata={
-            "help": "A rationale is selected when its score is at least beta times the best, in [0, 1]. Scores that "
-            "fit differ as the losses do: where the best is near 1, those within 1 - beta nats of the easiest are selected."
+            "help": "A rationale is selected when its score is at least beta times the best, in [0, 1]. Fitting scores "
+            "differ as the losses do: with a best score near 1, that is within 1 - beta nats of the easiest."
         },
     )
     tau: float = field(default=0.2, metadata={"help": "Temperature of the calibration loss and of instant_loss."})
