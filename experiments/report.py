@@ -118,6 +118,14 @@ def methods_section(documents: Sequence[Document], output: Path) -> list[str]:
             "forward-only tokens",
         ]
         lines += [*table(header, rows), ""]
+        perspectives = list(group[0]["validation_losses"])
+        rows = [
+            [f"`{method}`" if method != UNTRAINED else method]
+            + [f"{np.mean([run['validation_losses'][name] for run in by_method[method]]):.2f}" for name in perspectives]
+            for method in (UNTRAINED, *METHODS)
+            if method in by_method
+        ]
+        lines += ["Held-out loss of each perspective:", "", *table(["method", *perspectives], rows), ""]
         picture = f"methods-{Path(student).name}-{data}.png"
         _plot_methods(by_method, output / picture)
         lines += [f"![Held-out loss and accuracy of every method]({picture})", ""]
@@ -138,13 +146,14 @@ def choice_section(documents: Sequence[Document]) -> list[str]:
                     *(f"{settings[name]:g}" for name in ("learning_rate", "beta", "tau_student")),
                     str(settings["seed"]),
                     str(document["steps"]),
+                    f"{np.mean(document['log']['selected_rationales']):.2f}",
                     f"{document['validation_loss']:.4f}",
                 ]
             )
     if not rows:
         return []
     header = ["student and data", "method", "trained tokens", "questions a step", "learning rate", "β", "τ_student"]
-    header += ["seed", "steps", "held-out loss, nats/token"]
+    header += ["seed", "steps", "selected", "held-out loss, nats/token"]
     text = "Runs that settings were chosen by, on validation questions that no other table knows of:"
     return [text, "", *table(header, rows), ""]
 

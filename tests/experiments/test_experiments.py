@@ -121,6 +121,7 @@ def test_report_tells_what_the_files_hold(folder: Path, tmp_path: Path) -> None:
                 "settings": base | {"method": method, "seed": seed},
                 "environment": environment,
                 "validation_loss": 1.0 + 0.1 * seed,
+                "validation_losses": {"planning": 0.5 + 0.1 * seed, "analogy": 1.5 + 0.1 * seed},
                 "test": {"accuracy": sum(right) / 4, "answered": 0.5, "correct": right},
                 "ood": {"accuracy": 0.0, "answered": 0.5, "correct": [0, 0]},
                 "steps": 10,
@@ -129,16 +130,18 @@ def test_report_tells_what_the_files_hold(folder: Path, tmp_path: Path) -> None:
             }
             (results / f"{method}-{seed}.json").write_text(json.dumps(run))
     chosen = {"settings": base | {"method": "no_fusion", "seed": 100}, "validation_loss": 0.9, "steps": 12}
+    chosen |= {"log": {"selected_rationales": [3.0, 1.0]}}
     (results / "chosen.json").write_text(json.dumps(chosen))
     output = tmp_path / "RESULTS.md"
     report.main(["--results", str(tmp_path / "results"), "--output", str(output)])
     text = output.read_text()
-    (row,) = (line for line in text.splitlines() if line.startswith("| `mind`"))
+    row, by_perspective = (line for line in text.splitlines() if line.startswith("| `mind`"))
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells[1:3] == ["2", "1.050 ± 0.071"]
     assert cells[3].startswith("75.0 [") and cells[4].startswith("+50.0 [")
     assert cells[6:] == ["50", "10", "2.50", "-0.38", "7"]
-    assert "| s on svamp | `no_fusion` | 1,000 | 4 | 0.0001 | 0.8 | 0.1 | 100 | 12 | 0.9000 |" in text
+    assert by_perspective == "| `mind` | 0.55 | 1.55 |"
+    assert "| s on svamp | `no_fusion` | 1,000 | 4 | 0.0001 | 0.8 | 0.1 | 100 | 12 | 2.00 | 0.9000 |" in text
     assert "a CPU; commit 0123456789" in text
     assert (tmp_path / "methods-s-svamp.png").stat().st_size > 1000
 
