@@ -19,7 +19,8 @@ def weighted_sum(weights: Tensor, losses: Tensor) -> Tensor:  # (R,), (R,) -> ()
 def multiply_(gradient: Tensor, factor: Tensor, backend: str) -> None:
     """gradient *= factor (), what `backward` is given: 1 as a rule, and then nothing is read or written.
 
-    On a CPU looking at the factor is free; on a GPU the host would wait, so a kernel looks.
+    On a CPU looking at the factor is free. On a GPU the host would wait, so with "triton" a kernel looks, and PyTorch
+    multiplies in any case, as it does what is not contiguous.
     """
     if factor.device.type == "cpu" and float(factor) == 1.0:
         return
