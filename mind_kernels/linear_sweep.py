@@ -31,7 +31,7 @@ from mind_kernels.chunking import Chunk, plan_chunks, row_buffer, teacher_parts
 from mind_kernels.plan import RowLosses, SweepOptions, make_plan
 from mind_kernels.pruning import ChunkColumns, GradientPruning, choose_columns, most_kept
 from mind_kernels.reduction import multiply_, statistics_dtype, weighted_sum
-from mind_kernels.teacher_rows import TILE, TeacherRows, has_wide_products, project
+from mind_kernels.teacher_rows import TILE, TeacherRows, adds_wide_products, has_wide_products, product, project
 from mind_kernels.teachers import TeacherHidden
 from mind_kernels.torch_rows import TorchRows
 
@@ -69,13 +69,14 @@ class _WeightGradient:
             self.total = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         if self.dtype == self.compute_dtype:
             torch.addmm(self.total, G.t(), X, beta=beta, out=self.total)
-        elif has_wide_products(self.device):
+        elif adds_wide_products(self.device):
             torch.addmm(self.total, G.t(), X, out_dtype=self.dtype, beta=beta, out=self.total)
-        else:  # each chunk's partial is rounded once before it is added
-            tile = torch.empty(min(TILE, self.shape[0]), self.shape[1], dtype=self.compute_dtype, device=self.device)
+        else:  # without wide products each chunk's partial is rounded once before it is added
+            dtype = self.dtype if has_wide_products(self.device) else self.compute_dtype
+            tile = torch.empty(min(TILE, self.shape[0]), self.shape[1], dtype=dtype, device=self.device)
             for v in range(0, len(self.total), TILE):
                 total = self.total[v : v + TILE]
-                partial = torch.mm(G[:, v : v + TILE].t(), X, out=tile[: len(total)])
+                partial = product(G[:, v : v + TILE].t(), X, tile[: len(total)])
                 total.copy_(partial) if beta == 0.0 else total.add_(partial)
 
     def add_columns(self, columns: ChunkColumns, X: Tensor) -> None:

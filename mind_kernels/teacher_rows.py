@@ -27,6 +27,18 @@ def has_wide_products(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def adds_wide_products(device: torch.device) -> bool:
+    """Whether such a product can be added to an fp32 matrix in place: before 2.10 PyTorch wants that in 16 bits too."""
+    return has_wide_products(device) and torch.__version__ >= "2.10"
+
+
+def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """left @ right, rounded once to the dtype of `out`; where that is a wider one, the device has_wide_products."""
+    if out.dtype == left.dtype:
+        return torch.mm(left, right, out=out)
+    return torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
 @dataclass(frozen=True)
 class KLOptions:
     divergence: str = "forward"
@@ -56,7 +68,7 @@ def project(
 
 def _project_wide(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     if has_wide_products(out.device):
-        torch.mm(hidden_states, weight.t(), out_dtype=out.dtype, out=out)
+        product(hidden_states, weight.t(), out)
     else:  # the products of the widened operands are the same, at the wider type's speed
         X = hidden_states.to(out.dtype)
         for v in range(0, len(weight), TILE):

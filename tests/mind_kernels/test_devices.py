@@ -12,9 +12,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 import mind_kernels.linear_sweep as linear_sweep
 import mind_kernels.operators as operators
+import mind_kernels.teacher_rows as teacher_rows
 from mind_kernels import (
     answer_consistency,
     fused_linear_cross_entropy,
@@ -27,6 +29,7 @@ from mind_kernels.arguments import choose_backend
 from mind_kernels.combined.reference import reference_mind_loss
 from mind_kernels.teachers import Teacher
 from mind_kernels.testing import MindCase, random_case, random_teacher, relative_error
+from mind_kernels.triton_multiply import multiply_kernel
 
 TEACHERS = ("hidden", "logits", "topk", "topk-renormalize")
 
@@ -61,6 +64,42 @@ def test_a_step_waits_for_nothing_when_the_host_knows_the_rows(kind: str, dtype:
     output.loss.backward()
     for name, leaf in case.leaves().items():
         assert leaf.grad is not None and leaf.grad.shape == leaf.shape, name
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32], ids=["stored", "wide"])
+@pytest.mark.parametrize("gradient_tolerance", [0.0, 2**-8], ids=["dense", "pruned"])
+def test_what_launches_the_kernels_waits_for_nothing(
+    kind: str, logits_dtype: torch.dtype | None, gradient_tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same with the Triton path, whose kernels are not run: their arguments are made, their results are taken."""
+    launched: list[str] = []
+    kernel_class = type(multiply_kernel)
+    launch = lambda kernel, grid: lambda *arguments, **options: launched.append(kernel.fn.__name__)  # noqa: E731
+    monkeypatch.setattr(kernel_class, "__getitem__", launch)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    host = random_case(2, 3, 6, 8, 40, 2).to(torch.bfloat16)
+    case, teacher = on_meta(host), to_meta(random_teacher(kind, host))
+    output = mind_loss(
+        case.hidden_states, case.lm_head_weight, case.shift_labels,
+        rationale_weights=case.rationale_weights,
+        supervised_index=supervised(host), answer_index=host.answer_index, teacher=teacher, kl_weight=0.5,
+        lm_head_bias=None if gradient_tolerance else case.lm_head_bias, logit_softcap=5.0,
+        num_questions=torch.ones((), device="meta"), max_logits_bytes=8000, backend="triton",
+        logits_dtype=logits_dtype, gradient_tolerance=gradient_tolerance,
+    )  # fmt: skip
+    output.loss.backward()
+    wanted = {"lse_kernel", "pairs_kernel", "multiply_kernel"}
+    wanted |= {"tail_kernel", "tail_gradient_kernel"} if "topk" in kind else {"dense_kl_kernel"}
+    if gradient_tolerance:
+        wanted |= {
+            "column_sums_kernel",
+            "compact_kernel",
+            "head_mean_kernel",
+            "grad_hidden_kernel",
+            "grad_weight_kernel",
+        }
+    assert set(launched) == wanted
 
 
 @pytest.mark.parametrize("missing", ["supervised_index", "answer_index"])
@@ -252,6 +291,58 @@ def test_wide_logits_leave_only_the_rounding_of_the_operands(kind: str, dtype: t
             error = relative_error(wide[name], exact[name])
             assert error < 0.5 * unit, f"{name}: {error:.2e}"
             assert error < 0.7 * relative_error(stored[name], exact[name]), name
+
+
+@pytest.mark.parametrize(
+    ("version", "can_add"), [("2.8.0+cu129", False), ("2.9.1", False), ("2.10.0", True), ("2.14.1+cu130", True)]
+)
+def test_wide_products_of_a_gpu_as_every_version_of_pytorch_has_them(
+    version: str, can_add: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp32 results of 16-bit products are CUDA's alone: here they are made of widened operands, by its rules."""
+    mm, addmm = torch.mm, torch.addmm
+    wide: list[str] = []
+
+    def wide_mm(
+        left: Tensor, right: Tensor, *, out: Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        if out_dtype is None:
+            return mm(left, right, out=out)
+        assert out is not None and left.dtype == right.dtype == torch.bfloat16
+        assert out_dtype == out.dtype == torch.float32
+        wide.append("mm")
+        return mm(left.float(), right.float(), out=out)
+
+    def wide_addmm(
+        total: Tensor, left: Tensor, right: Tensor, *,
+        out: Tensor, out_dtype: torch.dtype | None = None, beta: float = 1.0,
+    ) -> Tensor:  # fmt: skip
+        if out_dtype is None:
+            return addmm(total, left, right, beta=beta, out=out)
+        assert left.dtype == right.dtype == torch.bfloat16 and out_dtype == out.dtype == torch.float32
+        assert total.dtype == left.dtype or torch.__version__ >= (2, 10), "self and mat2 must have the same dtype"
+        wide.append("addmm")
+        return addmm(total, left.float(), right.float(), beta=beta, out=out)
+
+    case = random_case(2, 4, 9, 32, 300, 2, seed=3).to(torch.bfloat16)
+    options = {"rationale_weights": case.rationale_weights.clamp(min=0.1), "logits_dtype": torch.float32}
+
+    def weight_gradient(budget: int) -> Tensor:
+        loss, _ = fused_linear_cross_entropy(
+            case.hidden_states, case.lm_head_weight, case.shift_labels, max_logits_bytes=budget, **options
+        )
+        return torch.autograd.grad(loss, case.lm_head_weight)[0]
+
+    whole = weight_gradient(2**20)
+    monkeypatch.setattr(torch, "mm", wide_mm)
+    monkeypatch.setattr(torch, "addmm", wide_addmm)
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    for module in (teacher_rows, linear_sweep):
+        monkeypatch.setattr(module, "has_wide_products", lambda device: True)
+    chunked = weight_gradient(300 * 6 * 9)
+    chunks = wide.count("mm") if can_add else wide.count("mm") // 2  # one for the logits, one for dW
+    assert chunks > 1 and wide.count("addmm") == (chunks if can_add else 0)
+    assert relative_error(chunked, whole) < 2**-8
 
 
 def test_logits_dtype_errors() -> None:
