@@ -27,6 +27,8 @@ from mind_kernels.reduction import statistics_dtype
 from mind_kernels.teacher_rows import KLOptions
 from mind_kernels.teachers import TeacherHidden, TeacherLogits, TeacherTopK
 
+RATIONALES_FIELDS = Rationales._fields  # read here, as the compiler of PyTorch 2.8 cannot
+
 _NESTED = {
     kind.__name__: kind for kind in (KLOptions, Rationales, GradientPruning, TeacherHidden, TeacherLogits, TeacherTopK)
 }
@@ -36,7 +38,7 @@ def _pack(options: Any) -> tuple[list[Tensor | None], dict[str, Any]]:
     """A dataclass or named tuple as its tensors, in the order of its fields, and a dictionary of everything else."""
     tensors: list[Tensor | None] = []
     plain: dict[str, Any] = {}
-    names = options._fields if isinstance(options, Rationales) else [field.name for field in fields(options)]
+    names = RATIONALES_FIELDS if isinstance(options, Rationales) else [field.name for field in fields(options)]
     for name in names:
         value = getattr(options, name)
         if isinstance(value, Tensor):
