@@ -1,6 +1,6 @@
 """gradient_tolerance on hidden states of real students: what is kept, what it costs in error, what it saves in time.
 
-    python -m bench.pruning [--students smollm2-135m gemma3-270m] [--dtypes float32 bfloat16] [--results FILE]
+    python -m bench.pruning [--students NAME ...] [--dtypes float32 bfloat16] [--rounds N] [--results FILE]
 
 A student reads generated problems (or --data, records as `mind train` takes them); the hidden states of N supervised
 rows, its head and the labels are the input. Errors are ‖given − exact‖/‖exact‖ of both gradients, exact from the dense
@@ -12,6 +12,7 @@ random numbers, so that the student is sure of nothing and every chunk should st
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +32,6 @@ from mind_kernels.testing import relative_error
 ROWS = {"smollm2-135m": 2048, "gemma3-270m": 1024}
 TOLERANCES = {"2^-8": 2**-8, "2^-9": 2**-9, "2^-10": 2**-10}
 QUESTIONS_AT_A_TIME = 2
-ROUNDS = 3
 
 
 class States(NamedTuple):
@@ -91,7 +91,7 @@ def plain_bf16_errors(states: States, exact: tuple[Tensor, Tensor]) -> list[floa
     return [relative_error(leaf.grad, wanted) for leaf, wanted in zip((X, W), exact, strict=True)]  # type: ignore[arg-type]
 
 
-def measure(name: str, states: States, dtype: torch.dtype, say: Callable[[str], None]) -> dict[str, Any]:
+def measure(name: str, states: States, dtype: torch.dtype, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
     exact = gradients(states)
     plain = plain_bf16_errors(states, exact)
     cast = States(states.X.to(dtype), states.W.to(dtype), states.labels)
@@ -120,8 +120,8 @@ def measure(name: str, states: States, dtype: torch.dtype, say: Callable[[str], 
     timed["frozen, dense"] = lambda: frozen_gradient(cast)
     timed["frozen, 2^-9"] = lambda: frozen_gradient(cast, gradient_tolerance=2**-9)
     times: dict[str, list[float]] = {variant: [] for variant in timed}
-    for i in range(ROUNDS):
-        say(f"{name}: round {i + 1} of {ROUNDS}")
+    for i in range(rounds):
+        say(f"{name}: round {i + 1} of {rounds}")
         for variant, function in timed.items():
             start = time.perf_counter()
             function()
@@ -131,6 +131,8 @@ def measure(name: str, states: States, dtype: torch.dtype, say: Callable[[str], 
         rows[variant] = {"ratio": least[variant] / least["two products"]}
     for variant in variants:
         rows[variant]["ratio"] = least[variant] / least["three products"]
+        paired = [one / dense for one, dense in zip(times[variant], times["dense"], strict=True)]
+        rows[variant]["ratio_to_dense"] = statistics.median(paired)
     return {
         "name": name,
         "dtype": str(dtype).removeprefix("torch."),
@@ -146,7 +148,7 @@ def measure(name: str, states: States, dtype: torch.dtype, say: Callable[[str], 
 
 def show(results: list[dict[str, Any]]) -> None:
     table = Table(title="forward + backward by gradient_tolerance", title_justify="left")
-    for column in ("student", "dtype", "tolerance", "kept", "error dX", "error dW", "ratio to bare products"):
+    for column in ("student", "dtype", "tolerance", "kept", "error dX", "error dW", "× products", "× dense"):
         table.add_column(column, justify="left" if column in ("student", "tolerance") else "right")
     for result in results:
         bf16 = " ".join(f"{100 * error:.2f} %" for error in result["plain_bf16_errors"])
@@ -154,7 +156,15 @@ def show(results: list[dict[str, Any]]) -> None:
             chunks = row.get("chunks", [])
             kept = f"{100 * sum(c['kept_share'] for c in chunks) / len(chunks):.2f} %" if chunks else ""
             errors = [f"{100 * error:.4f} %" for error in row["errors"].values()] if "errors" in row else ["", ""]
-            table.add_row(result["name"], result["dtype"], variant, kept, *errors, f"{row['ratio']:.2f}")
+            table.add_row(
+                result["name"],
+                result["dtype"],
+                variant,
+                kept,
+                *errors,
+                f"{row['ratio']:.2f}",
+                f"{row['ratio_to_dense']:.2f}" if "ratio_to_dense" in row else "",
+            )
         table.add_row("", "", f"plain bf16 errs by {bf16}", end_section=True)
     Console(width=130).print(table)
 
@@ -164,9 +174,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--students", nargs="+", default=list(ROWS), help="built-in names, folders or hub ids")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
     parser.add_argument("--rows", type=int, help="supervised rows; by default 2,048 (1,024 for gemma3-270m)")
+    parser.add_argument("--rounds", type=int, default=3, help="how often everything is timed, in turn (default 3)")
     parser.add_argument("--data", help="records whose rationales the student reads; default generated problems")
     parser.add_argument("--results", type=Path, help="write what was measured as JSON, for bench/results/")
     args = parser.parse_args(arguments)
+    if args.rounds < 1:
+        parser.error(f"--rounds: given {args.rounds}, want at least 1")
     results = []
 
     def say(text: str) -> None:
@@ -177,10 +190,10 @@ def main(arguments: list[str] | None = None) -> int:
             say(f"{student}: hidden states")
             states = real_states(student, args.rows or ROWS.get(student, 2048), args.data)
             for dtype in args.dtypes:
-                results.append(measure(student, states, getattr(torch, dtype), say))
+                results.append(measure(student, states, getattr(torch, dtype), args.rounds, say))
             if student == args.students[0]:
                 head = torch.randn(states.W.shape, generator=torch.Generator().manual_seed(0)) * 1e-3
-                results.append(measure("random", states._replace(W=head), torch.float32, say))
+                results.append(measure("random", states._replace(W=head), torch.float32, args.rounds, say))
     except ValueError as error:
         print(f"bench.pruning: {error}", file=sys.stderr)
         return 2

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_available_on_device
 
 from mind.prompting import PromptFormat
 
 SHARDING = "a rank measures rationales that others have not, and sharded ranks must read together"
 ASSISTANT_METHODS = ("mind", "instant_meta", "no_attention", "no_cons")  # those whose weights a teaching assistant sets
+
+
+def computes_bf16(use_cpu: bool) -> bool:
+    """Whether the device that is trained on has instructions for bfloat16 products, not an emulation of them."""
+    accelerator = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if accelerator.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return is_torch_bf16_available_on_device(accelerator.type)
 
 
 @dataclass
@@ -20,7 +33,8 @@ class MindConfig(TrainingArguments):
     Defaults that differ from TrainingArguments': 8 questions an optimiser step (one at a time, accumulated: a question
     is up to K sequences), learning rate 1e-5 (1e-4 with LoRA), cosine schedule with 3 % warm-up, every step logged, two
     checkpoints kept. Keep the student's weights in fp32 and set `bf16` for autocast: at 1e-5 an update is smaller than
-    the spacing of bf16 numbers, so pure bf16 weights would round it away.
+    the spacing of bf16 numbers, so pure bf16 weights would round it away. `bf16=None` sets it where the device computes
+    in bf16.
 
     Raises: ValueError naming the field whose value is out of range or cannot be met.
     """
@@ -147,6 +161,13 @@ class MindConfig(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Leave off: batches are questions, not columns."}
     )
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=False,
+        metadata={
+            "help": "Autocast to bfloat16. From Python also None, in a file null: where the device has instructions "
+            "for it; a CPU without them takes several times as long."
+        },
+    )
 
     def __post_init__(self) -> None:
         positive = (
@@ -211,6 +232,13 @@ class MindConfig(TrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = 1e-4 if self.use_lora else 1e-5
         self._want("learning_rate", self.learning_rate >= 0, "a number that is not negative")
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and computes_bf16(self.use_cpu)
+        elif self.bf16 and not computes_bf16(self.use_cpu):
+            warnings.warn(
+                "bf16: given True on a device without bfloat16 instructions, where it is slower than float32",
+                stacklevel=3,
+            )
         super().__post_init__()
 
     def _want(self, name: str, holds: bool, wanted: str) -> None:

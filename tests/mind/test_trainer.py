@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import mind.trainer
 from mind.assistant import load_assistant
 from mind.attach import MindAttachment
 from mind.calibration import Calibrator
+from mind.cli import parse_train
 from mind.collator import QuestionBatch
 from mind.config import MindConfig
 from mind.data import EncodedQuestion, MindDataset, load_records
@@ -822,6 +825,23 @@ def test_defaults() -> None:
     assert (settings.learning_rate, settings.lr_scheduler_type, settings.warmup_steps) == (1e-5, "cosine", 0.03)
     assert (settings.num_train_epochs, settings.max_grad_norm, settings.assistant_window) == (3, 1.0, 32)
     assert MindConfig(output_dir="runs/x", use_cpu=True, use_lora=True).learning_rate == 1e-4
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_bf16_where_the_device_has_instructions_for_it(
+    has_instructions: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert config(tmp_path, bf16=None).bf16 in (True, False)  # asks this CPU
+    monkeypatch.setattr("mind.config.computes_bf16", lambda use_cpu: has_instructions)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert config(tmp_path, bf16=None).bf16 is has_instructions
+        assert config(tmp_path).bf16 is False
+    run = tmp_path / "run.yaml"
+    run.write_text("use_cpu: true\nbf16: null\n")
+    assert parse_train(["--config", str(run)])[1].bf16 is has_instructions
+    with nullcontext() if has_instructions else pytest.warns(UserWarning, match="bf16: given True on a device without"):
+        assert config(tmp_path, bf16=True).bf16 is True
 
 
 @pytest.mark.parametrize(
