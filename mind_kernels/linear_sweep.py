@@ -29,9 +29,10 @@ from torch import Tensor
 from mind_kernels.arguments import product_dtype, refuse_second_derivative, without_autocast
 from mind_kernels.chunking import Chunk, plan_chunks, row_buffer, teacher_parts
 from mind_kernels.plan import RowLosses, SweepOptions, make_plan
+from mind_kernels.products import TILE, adds_wide_products, has_wide_products, product, project
 from mind_kernels.pruning import ChunkColumns, GradientPruning, choose_columns, most_kept
 from mind_kernels.reduction import multiply_, statistics_dtype, weighted_sum
-from mind_kernels.teacher_rows import TILE, TeacherRows, adds_wide_products, has_wide_products, product, project
+from mind_kernels.teacher_rows import TeacherRows
 from mind_kernels.teachers import TeacherHidden
 from mind_kernels.torch_rows import TorchRows
 
@@ -68,7 +69,7 @@ class _WeightGradient:
         if self.total is None:
             self.total = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         if self.dtype == self.compute_dtype:
-            torch.addmm(self.total, G.t(), X, beta=beta, out=self.total)
+            product(G.t(), X, self.total, add=beta != 0.0)
         elif adds_wide_products(self.device):
             torch.addmm(self.total, G.t(), X, out_dtype=self.dtype, beta=beta, out=self.total)
         else:  # without wide products each chunk's partial is rounded once before it is added
@@ -184,7 +185,7 @@ def sweep(
             if options.pruning is not None:
                 columns = choose(G, plan.terms.labels[chunk.start : chunk.stop], options.pruning)
             if grad_hidden_states is not None:
-                dX = torch.mm(G, W) if columns is None else columns.grad_hidden_states(W)
+                dX = product(G, W, torch.empty_like(X)) if columns is None else columns.grad_hidden_states(W)
                 grad_hidden_states[index] = dX.to(X_all.dtype)  # (m, V) @ (V, H) -> (m, H)
             if weight_gradient is not None:
                 if columns is not None and prunes_weight:

@@ -28,7 +28,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mind_kernels.teacher_rows import project
+from mind_kernels.products import product, project
 
 BREAK_EVEN = 0.5  # kept share from which gathering costs more than it saves
 SAFETY = 1 - 2**-10  # the column sums are fp32: far more than their rounding
@@ -170,7 +170,8 @@ class Columns(NamedTuple):
     column_mass: Tensor | None
 
     def grad_hidden_states(self, W: Tensor) -> Tensor:
-        dX = torch.mm(self.G, W.index_select(0, self.kept))  # (m, k) @ (k, H) -> (m, H)
+        dX = self.G.new_empty(len(self.G), W.shape[1])
+        product(self.G, W.index_select(0, self.kept), dX)  # (m, k) @ (k, H) -> (m, H)
         if self.row_factor is None or self.column_mass is None:
             return dX
         mean = _times(W.t(), self.column_mass)  # (H, V) @ (V,)

@@ -14,29 +14,10 @@ from mind_kernels.divergences import (
     logits_divergence_and_gradient,
     row_softmax,
 )
+from mind_kernels.products import project
 from mind_kernels.teachers import Teacher, TeacherHidden, TeacherLogits, TeacherTopK
 
-TILE = 8192  # vocabulary rows of a product that is made tile by tile
 NEG = -1.0e4  # stands for the log of 0 in padded top-k entries: exp(NEG) is exactly 0 and NEG − NEG is not NaN
-
-
-def has_wide_products(device: torch.device) -> bool:
-    """Whether a 16-bit product with an fp32 result is to be had: cuBLAS from compute capability 8.0 on."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def adds_wide_products(device: torch.device) -> bool:
-    """Whether such a product can be added to an fp32 matrix in place: before 2.10 PyTorch wants that in 16 bits too."""
-    return has_wide_products(device) and torch.__version__ >= "2.10"
-
-
-def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """left @ right, rounded once to the dtype of `out`; where that is a wider one, the device has_wide_products."""
-    if out.dtype == left.dtype:
-        return torch.mm(left, right, out=out)
-    return torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 
 @dataclass(frozen=True)
@@ -53,27 +34,6 @@ class KLOptions:
     @property
     def gradient_scale(self) -> float:  # from dD/d(z/τ_kd) to τ_kd^p·dD/dz
         return self.temperature ** (self.temperature_power - 1)
-
-
-def project(
-    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
-) -> Tensor:  # (m, H) @ (H, V) -> (m, V)
-    """X Wᵀ + b, rounded once to the dtype of `out`."""
-    if out.dtype != hidden_states.dtype:
-        return _project_wide(hidden_states, weight, bias, out)
-    if bias is None:
-        return torch.mm(hidden_states, weight.t(), out=out)
-    return torch.addmm(bias, hidden_states, weight.t(), out=out)
-
-
-def _project_wide(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    if has_wide_products(out.device):
-        product(hidden_states, weight.t(), out)
-    else:  # the products of the widened operands are the same, at the wider type's speed
-        X = hidden_states.to(out.dtype)
-        for v in range(0, len(weight), TILE):
-            torch.mm(X, weight[v : v + TILE].to(out.dtype).t(), out=out[:, v : v + TILE])
-    return out if bias is None else out.add_(bias)
 
 
 def apply_head_(z: Tensor, logit_scale: float, logit_softcap: float | None) -> None:

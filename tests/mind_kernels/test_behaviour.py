@@ -47,23 +47,24 @@ def call_mind_loss(case: MindCase, **more):
 def products(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """Rows of every product of the sweep: forward (head), grad_hidden_states and grad_lm_head_weight."""
     rows: dict[str, list[int]] = {"head": [], "hidden": [], "weight": []}
-    project, mm, add = linear_sweep.project, torch.mm, linear_sweep._WeightGradient.add
+    project, product, add = linear_sweep.project, linear_sweep.product, linear_sweep._WeightGradient.add
 
     def counting_project(hidden_states, weight, bias, out):
         rows["head"].append(len(hidden_states))
         return project(hidden_states, weight, bias, out)
 
-    def counting_mm(a, b, **kwargs):
-        if not kwargs:
-            rows["hidden"].append(len(a))
-        return mm(a, b, **kwargs)
+    def counting_product(left, right, out, **options):
+        rows["hidden"].append(len(left))
+        return product(left, right, out, **options)
 
     def counting_add(self, G, X):
         rows["weight"].append(len(G))
-        return add(self, G, X)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(linear_sweep, "product", product)
+            add(self, G, X)
 
     monkeypatch.setattr(linear_sweep, "project", counting_project)
-    monkeypatch.setattr(torch, "mm", counting_mm)
+    monkeypatch.setattr(linear_sweep, "product", counting_product)
     monkeypatch.setattr(linear_sweep._WeightGradient, "add", counting_add)
     return rows
 

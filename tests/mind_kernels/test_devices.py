@@ -16,7 +16,7 @@ from torch.torch_version import TorchVersion
 
 import mind_kernels.linear_sweep as linear_sweep
 import mind_kernels.operators as operators
-import mind_kernels.teacher_rows as teacher_rows
+import mind_kernels.products as products
 import mind_kernels.triton_columns
 import mind_kernels.triton_rows  # noqa: F401 - what a test's TRITON_INTERPRET finds imported stays compiled on a GPU
 from mind_kernels import (
@@ -339,12 +339,37 @@ def test_wide_products_of_a_gpu_as_every_version_of_pytorch_has_them(
     monkeypatch.setattr(torch, "mm", wide_mm)
     monkeypatch.setattr(torch, "addmm", wide_addmm)
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
-    for module in (teacher_rows, linear_sweep):
+    for module in (products, linear_sweep):
         monkeypatch.setattr(module, "has_wide_products", lambda device: True)
     chunked = weight_gradient(300 * 6 * 9)
     chunks = wide.count("mm") if can_add else wide.count("mm") // 2  # one for the logits, one for dW
     assert chunks > 1 and wide.count("addmm") == (chunks if can_add else 0)
     assert relative_error(chunked, whole) < 2**-8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("shape", [(5, 7, 1300), (5, 1300, 7), (1300, 5, 7), (1, 1, 1)], ids=str)
+def test_products_of_a_cpu_without_16_bit_instructions(
+    shape: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "cpu_computes", lambda dtype: False)
+    for name in ("mm", "addmm"):
+        monkeypatch.delattr(torch, name)
+    a, b, c = shape
+    generator = torch.Generator().manual_seed(0)
+    left, right, before, bias = (
+        torch.randn(size, generator=generator).to(dtype) for size in ((a, b), (c, b), (a, c), (c,))
+    )
+    exact = left.double() @ right.double().t()
+    half = torch.finfo(dtype).eps / 2
+    for given, wanted in (
+        (products.product(left, right.t(), torch.full_like(before, torch.nan)), exact),
+        (products.product(left, right.t(), before.clone(), add=True), exact + before.double()),
+        (products.project(left, right, None, torch.empty_like(before)), exact),
+        (products.project(left, right, bias, torch.empty_like(before)), exact + bias.double()),
+    ):
+        assert given.dtype == dtype
+        assert ((given.double() - wanted).abs() <= 1.01 * half * wanted.abs() + 1e-4).all()
 
 
 def test_logits_dtype_errors() -> None:
