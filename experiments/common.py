@@ -18,12 +18,23 @@ from bench.measure import environment, write_json
 from mind.data import Record, load_records
 from mind.evaluation import measure_accuracy
 from mind.problems import generate_records
+from mind.problems.families import FAMILIES
+from mind.problems.families.counting import Outfits
+from mind.problems.families.money import Shopping
+from mind.problems.families.motion import CatchUp
+from mind.problems.families.people import Ages, Averages, Survey
+from mind.problems.families.sharing import Mixture
+from mind.problems.families.work import JointWork
+from mind.problems.problem import Problem
 from mind.prompting import PromptFormat
 
 RESULTS = Path("experiments/results")
 MAX_CHARACTERS = 480  # of a rationale to train on: what a CPU can afford
 MAX_NEW_TOKENS = 128
-DATA = ("svamp", "gsm8k", "problems")
+DATA = ("svamp", "gsm8k", "problems", "four_kinds")
+FOUR_KINDS = (CatchUp, Averages, Ages, Survey)  # trained and, with other numbers, tested
+UNSEEN_KINDS = (Shopping, Mixture, JointWork, Outfits)
+MAX_DIFFICULTY = 0.4  # of a generated problem to train on
 
 
 class Splits(NamedTuple):
@@ -51,8 +62,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def load_splits(options: argparse.Namespace) -> Splits:
     """The same questions at every seed, as add_data_arguments describes them.
 
-    data: "svamp" (3 sampled rationales, out of distribution: GSM8K), "gsm8k" (2 written ones, out of distribution:
-        SVAMP) or "problems" (8 perspectives, generated; out of distribution: SVAMP).
+    data: "svamp" (3 sampled rationales; out of distribution: GSM8K), "gsm8k" (2 written ones; SVAMP), "problems" (8
+        perspectives, all generated kinds, tested at all difficulties; SVAMP) or "four_kinds" (8 perspectives, four
+        generated kinds, tested on other numbers; out of distribution: four other kinds).
     folder: holds svamp_train_k3.jsonl, svamp_test.jsonl, gsm8k_k2.jsonl and gsm8k_eval.jsonl.
 
     Raises: ValueError for a missing file, or too few questions that fit.
@@ -64,10 +76,16 @@ def load_splits(options: argparse.Namespace) -> Splits:
         records = load_records(folder / file, require_rationales=rationales)
         return order.sample(records, len(records))
 
+    def easy(kinds: Sequence[type[Problem]], split: str, num_drawn: int) -> list[Record]:
+        rows = generate_records(num_drawn, seed=0, split=split, families=kinds)
+        return load_records([row for row in rows if row["difficulty"] <= MAX_DIFFICULTY])
+
     if options.data == "problems":
-        rows = [row for row in generate_records(3200, seed=0) if row["difficulty"] <= 0.4]
-        known, test = load_records(rows), load_records(generate_records(num_test, seed=0, split="heldout"))
+        known, test = easy(FAMILIES, "train", 3200), load_records(generate_records(num_test, seed=0, split="heldout"))
         ood = read("svamp_test.jsonl")
+    elif options.data == "four_kinds":
+        known, test = easy(FOUR_KINDS, "train", 3200), easy(FOUR_KINDS, "heldout", 800)
+        ood = easy(UNSEEN_KINDS, "heldout", 800)
     elif options.data == "svamp":
         known, test, ood = read("svamp_train_k3.jsonl", True), read("svamp_test.jsonl"), read("gsm8k_eval.jsonl")
     else:
