@@ -185,22 +185,26 @@ def main(arguments: list[str] | None = None) -> int:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    try:
-        for student in args.students:
-            say(f"{student}: hidden states")
+    failed = False
+    for student in args.students:
+        say(f"{student}: hidden states")
+        try:
             states = real_states(student, args.rows or ROWS.get(student, 2048), args.data)
-            for dtype in args.dtypes:
-                results.append(measure(student, states, getattr(torch, dtype), args.rounds, say))
-            if student == args.students[0]:
-                head = torch.randn(states.W.shape, generator=torch.Generator().manual_seed(0)) * 1e-3
-                results.append(measure("random", states._replace(W=head), torch.float32, args.rounds, say))
-    except ValueError as error:
-        print(f"bench.pruning: {error}", file=sys.stderr)
+        except (OSError, ValueError) as error:  # the other students go on
+            print(f"bench.pruning: {student}: {error}", file=sys.stderr)
+            failed = True
+            continue
+        for dtype in args.dtypes:
+            results.append(measure(student, states, getattr(torch, dtype), args.rounds, say))
+        if student == args.students[0]:
+            head = torch.randn(states.W.shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+            results.append(measure("random", states._replace(W=head), torch.float32, args.rounds, say))
+    if not results:
         return 2
     show(results)
     if args.results:
         write_json(args.results, {"environment": environment(), "data": args.data, "results": results})
-    return 0
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":
