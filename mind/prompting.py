@@ -195,6 +195,11 @@ def answers_match(given: str | None, wanted: str) -> bool:
     return False
 
 
+def is_number(answer: str) -> bool:
+    """Whether answers_match compares this wanted answer as a number: one that guessing among options does not hit."""
+    return _number(_clean(answer)) is not None
+
+
 def _clean(text: str) -> str:
     """Without typographic variants and without what only frames an answer: $…$, \\boxed{…}, **…**, a final period."""
     for old, new in (("−", "-"), ("–", "-"), ("\u00a0", " "), ("\u202f", " "), ("\\$", "$"), ("\\%", "%"), ("\\!", "")):

@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from mind.prompting import is_number
+
 
 def table(metrics: Mapping[str, Any]) -> Table:
     """The measurements before and after, side by side."""
@@ -20,6 +22,14 @@ def table(metrics: Mapping[str, Any]) -> Table:
         change = 100 * (after["accuracy"] - before["accuracy"])
         shares = (f"{100 * measured['accuracy']:.1f} %" for measured in (before, after))
         result.add_row(f"accuracy on {count} held-out questions", *shares, f"{change:+.1f} %", style="bold")
+        numbers = [i for i, item in enumerate(before["answers"]) if is_number(item["wanted"])]
+        if 0 < len(numbers) < count:  # the rest are names, options, yes or no: in the right form a guess is often right
+            old, new = (
+                100 * sum(measured["answers"][i]["correct"] for i in numbers) / len(numbers)
+                for measured in (before, after)
+            )
+            label = f"  on the {len(numbers)} whose answer is a number"
+            result.add_row(label, f"{old:.1f} %", f"{new:.1f} %", f"{new - old:+.1f} %")
         # An output without the taught suffix has no answer: of what accuracy gains, this is the share of form.
         found = [sum(item["given"] is not None for item in measured["answers"]) for measured in (before, after)]
         old, new = (100 * number / count for number in found)

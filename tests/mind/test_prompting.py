@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mind.prompting import PromptFormat, answers_match, end_of_turn_id
+from mind.prompting import PromptFormat, answers_match, end_of_turn_id, is_number
 
 QUESTION = "Tom has 3 boxes of 14 pens. How many pens has he?"
 RATIONALE = "One box holds 14 pens.\nThree boxes hold 3 * 14 = 42."
@@ -316,3 +316,13 @@ def test_other_threads():
     thread.start()
     thread.join(timeout=60)
     assert verdicts == [True, True, False, False]
+
+
+@pytest.mark.parametrize("answer", ["42", "-1,234.5", "3/4", "75 %", "$5", "36 years", "x = 7"])
+def test_an_answer_that_is_a_number(answer: str) -> None:
+    assert is_number(answer)
+
+
+@pytest.mark.parametrize("answer", ["brown", "yes", "(B)", "Tuesday", "12:30", "x + 1", ""])
+def test_an_answer_that_is_none(answer: str) -> None:
+    assert not is_number(answer)

@@ -23,6 +23,7 @@ from mind.prompting import PromptFormat, end_of_turn_id
 from mind.report import pictures
 from mind.report.files import read_log, read_metrics, read_runs, write_log, write_metrics
 from mind.report.page import SECTIONS, summary
+from mind.report.table import table as terminal_table
 
 from ..invariant.tiny_run import flags, make_inputs
 from .tiny import PERSPECTIVES, raw_records, tiny_student, tiny_tokenizer
@@ -130,6 +131,25 @@ def measurement(correct: list[int] | None = None, **losses: float) -> dict[str, 
     ]
     accuracy = sum(correct) / len(correct) if correct else None
     return {"accuracy": accuracy, "answers": answers or None, "perspective_loss": losses, "perspective_score": None}
+
+
+def test_what_guessing_cannot_hit_is_told_apart() -> None:
+    wanted = ["3", "brown", "12 km", "yes"]
+
+    def measured(correct: list[int]) -> dict[str, Any]:
+        found = measurement(correct)
+        for item, answer in zip(found["answers"], wanted, strict=True):
+            item["wanted"] = answer
+        return found
+
+    metrics: dict[str, Any] = {"student": "s", "method": "mind", "measured_on": "2 questions"}
+    metrics |= {"before": measured([0, 1, 0, 0]), "after": measured([0, 1, 1, 1])}
+    cells = [list(column.cells) for column in terminal_table(metrics).columns]
+    assert cells[0][:2] == ["accuracy on 4 held-out questions", "  on the 2 whose answer is a number"]
+    assert [column[:2] for column in cells[1:]] == [["25.0 %", "0.0 %"], ["75.0 %", "50.0 %"], ["+50.0 %", "+50.0 %"]]
+    wanted = ["3", "5", "12 km", "7"]  # nothing to tell apart
+    metrics |= {"before": measured([0, 1, 0, 0]), "after": measured([0, 1, 1, 1])}
+    assert "number" not in "".join(str(cell) for cell in terminal_table(metrics).columns[0].cells)
 
 
 def write_run(folder: Path, history: Any = ({"step": 1, "loss": 1.0},), **metrics: Any) -> str:
