@@ -53,6 +53,16 @@ class Settings:
     questions: str  # fingerprint
 
 
+def file_name(settings: Settings) -> str:
+    """Without ".json": told apart by their settings where these are being chosen, else by β and τ_student if given."""
+    name = f"{Path(settings.student).name}-{settings.data}-{settings.method}-s{settings.seed}"
+    if settings.seed >= 100:
+        return f"{name}-lr{settings.learning_rate:g}-beta{settings.beta:g}-tau{settings.tau_student:g}"
+    if (settings.beta, settings.tau_student) != (MindConfig.beta, MindConfig.tau_student):
+        name += f"-beta{settings.beta:g}-tau{settings.tau_student:g}"
+    return name
+
+
 class _Budget(TrainerCallback):
     """Counts what the student reads, and stops training at the budget."""
 
@@ -168,10 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.tau_student,
             fingerprint(splits),
         )
-        name = f"{Path(options.student).name}-{options.data}-{method}-s{seed}"
-        if seed >= 100:
-            name += f"-lr{rate:g}-beta{options.beta:g}-tau{options.tau_student:g}"
-        file = options.results / "methods" / f"{name}.json"
+        file = options.results / "methods" / f"{file_name(settings)}.json"
         run_once(file, settings, lambda settings=settings: run(settings, splits, device), device)  # type: ignore[misc]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from bench.report import table
 from experiments.common import RESULTS
 from experiments.methods import METHODS, UNTRAINED
 from mind.bootstrap import bootstrap_means, interval
+from mind.config import MindConfig
 
 BASELINE = "no_fusion"
 Document = dict[str, Any]
@@ -59,29 +60,29 @@ def _percent(values: np.ndarray, key: str, sign: str = "") -> str:
 
 def methods_section(documents: Sequence[Document], output: Path) -> list[str]:
     lines: list[str] = []
-    groups: dict[tuple[str, str, int], list[Document]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[Document]] = defaultdict(list)
+    pictures: Counter[str] = Counter()
     for document in documents:
         if "test" in document:
             settings = document["settings"]
-            groups[settings["student"], settings["data"], settings["token_budget"]].append(document)
-    for (student, data, budget), group in sorted(groups.items()):
+            shared = ("student", "data", "token_budget", "learning_rate", "questions_per_step", "questions")
+            groups[tuple(settings[name] for name in shared)].append(document)
+    for (student, data, budget, rate, questions_per_step, _), group in sorted(groups.items()):
         by_method = defaultdict(list)
         for document in group:
-            by_method[document["settings"]["method"]].append(document)
-        settings = group[0]["settings"]
+            by_method[_variant(document["settings"])].append(document)
+        variants = sorted(by_method, key=lambda name: (UNTRAINED, *METHODS).index(name.split(",")[0]))
         lines += [
             f"### {student} on {data}, {budget:,} trained tokens",
             "",
-            f"Learning rate {settings['learning_rate']:g}, {settings['questions_per_step']} questions a step, "
-            f"β = {settings['beta']:g}, τ_student = {settings['tau_student']:g}. {_where(group)}",
+            f"Learning rate {rate:g}, {questions_per_step} questions a step; β = {MindConfig.beta:g} and "
+            f"τ_student = {MindConfig.tau_student:g} where nothing else is said. {_where(group)}",
             "",
         ]
         rows = []
         baseline = by_method.get(BASELINE)
-        for method in (UNTRAINED, *METHODS):
-            runs = by_method.get(method)
-            if not runs:
-                continue
+        for method in variants:
+            runs = by_method[method]
             difference = "–"
             if baseline and method not in (BASELINE, UNTRAINED):
                 paired = _per_question(runs, "test") - _per_question(baseline, "test")
@@ -91,7 +92,7 @@ def methods_section(documents: Sequence[Document], output: Path) -> list[str]:
             scored = trained and all(log["rank_correlation"] for log in logs)
             rows.append(
                 [
-                    f"`{method}`" if trained else method,
+                    _code(method),
                     str(len(runs)),
                     _spread([run["validation_loss"] for run in runs], 3),
                     _percent(_per_question(runs, "test"), f"{data} test {method}"),
@@ -120,16 +121,32 @@ def methods_section(documents: Sequence[Document], output: Path) -> list[str]:
         lines += [*table(header, rows), ""]
         perspectives = list(group[0]["validation_losses"])
         rows = [
-            [f"`{method}`" if method != UNTRAINED else method]
+            [_code(method)]
             + [f"{np.mean([run['validation_losses'][name] for run in by_method[method]]):.2f}" for name in perspectives]
-            for method in (UNTRAINED, *METHODS)
-            if method in by_method
+            for method in variants
         ]
         lines += ["Held-out loss of each perspective:", "", *table(["method", *perspectives], rows), ""]
-        picture = f"methods-{Path(student).name}-{data}.png"
-        _plot_methods(by_method, output / picture)
+        name = f"methods-{Path(student).name}-{data}"
+        pictures[name] += 1
+        picture = f"{name}.png" if pictures[name] == 1 else f"{name}-{pictures[name]}.png"
+        _plot_methods({name: by_method[name] for name in variants}, output / picture)
         lines += [f"![Held-out loss and accuracy of every method]({picture})", ""]
     return lines
+
+
+def _variant(settings: dict[str, Any]) -> str:
+    """The method, and its β and τ_student where they are not the defaults."""
+    chosen = [
+        f"{symbol} = {settings[name]:g}"
+        for symbol, name in (("β", "beta"), ("τ_student", "tau_student"))
+        if settings[name] != getattr(MindConfig, name)
+    ]
+    return ", ".join([settings["method"], *chosen])
+
+
+def _code(variant: str) -> str:
+    method, comma, rest = variant.partition(",")
+    return method + comma + rest if method == UNTRAINED else f"`{method}`{comma}{rest}"
 
 
 def choice_section(documents: Sequence[Document]) -> list[str]:
@@ -140,26 +157,30 @@ def choice_section(documents: Sequence[Document]) -> list[str]:
             rows.append(
                 [
                     f"{settings['student']} on {settings['data']}",
-                    f"`{settings['method']}`",
+                    _code(settings["method"]),
                     f"{settings['token_budget']:,}",
                     str(settings["questions_per_step"]),
                     *(f"{settings[name]:g}" for name in ("learning_rate", "beta", "tau_student")),
                     str(settings["seed"]),
-                    str(document["steps"]),
-                    f"{np.mean(document['log']['selected_rationales']):.2f}",
+                    *(
+                        (str(document["steps"]), f"{np.mean(document['log']['selected_rationales']):.2f}")
+                        if settings["method"] != UNTRAINED
+                        else ("–", "–")
+                    ),
                     f"{document['validation_loss']:.4f}",
+                    _percent(_per_question([document], "validation"), " ".join(map(str, settings.values()))),
                 ]
             )
     if not rows:
         return []
     header = ["student and data", "method", "trained tokens", "questions a step", "learning rate", "β", "τ_student"]
-    header += ["seed", "steps", "selected", "held-out loss, nats/token"]
+    header += ["seed", "steps", "selected", "held-out loss, nats/token", "accuracy, %"]
     text = "Runs that settings were chosen by, on validation questions that no other table knows of:"
     return [text, "", *table(header, rows), ""]
 
 
 def _plot_methods(by_method: dict[str, list[Document]], path: Path) -> None:
-    names = [name for name in (UNTRAINED, *METHODS) if name in by_method]
+    names = list(by_method)
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.4 * len(names) + 1.4), sharey=True, layout="constrained")
     for place, name in enumerate(names):
         runs = by_method[name]

@@ -123,8 +123,8 @@ def random_teacher(kind: str, case: MindCase, *, seed: int = 1) -> Teacher:
 
 def relative_error(given: Tensor, exact: Tensor) -> float:
     """‖given − exact‖ / ‖exact‖ in fp64 (the absolute error where exact is 0)."""
-    difference = torch.linalg.vector_norm(given.double() - exact.double())
-    size = torch.linalg.vector_norm(exact.double())
+    given, exact = given.detach().double(), exact.detach().double()
+    difference, size = torch.linalg.vector_norm(given - exact), torch.linalg.vector_norm(exact)
     return float(difference / size) if size > 0 else float(difference)
 
 

@@ -73,6 +73,13 @@ def test_what_chooses_settings_sees_no_test_question(folder: Path) -> None:
     assert "test" not in run and "ood" not in run and len(run["validation"]["correct"]) == 4
 
 
+def test_runs_of_other_settings_are_other_files() -> None:
+    names = []
+    for seed, beta in ((0, 0.8), (0, 0.3), (100, 0.8), (100, 0.3)):
+        names.append(methods.file_name(methods.Settings("a/s", "svamp", "mind", seed, 9, 1e-4, 2, beta, 0.1, "0")))
+    assert names[0] == "s-svamp-mind-s0" and len(set(names)) == 4
+
+
 def test_tolerances_are_compared_on_the_same_batches(folder: Path) -> None:
     wanted = arguments(folder, "--steps", "4", "--seeds", "0", "--uncorrected", "0.00390625")
     gradient_tolerance.main(wanted)
@@ -111,14 +118,20 @@ def test_too_few_questions_are_an_error(folder: Path) -> None:
 
 def test_report_tells_what_the_files_hold(folder: Path, tmp_path: Path) -> None:
     base = {"student": "s", "data": "svamp", "token_budget": 1000, "learning_rate": 1e-4, "questions_per_step": 4}
-    base |= {"beta": 0.8, "tau_student": 0.1}
+    base |= {"beta": 0.8, "tau_student": 0.1, "questions": "0123"}
     environment = {"device": "a CPU", "commit": "0123456789abcdef"}
     results = tmp_path / "results" / "methods"
     results.mkdir(parents=True)
-    for method, right in (("mind", [1, 1, 1, 0]), ("no_fusion", [1, 0, 0, 0])):
+    other = {"beta": 0.3}
+    for method, right, more in (
+        ("mind", [1, 1, 1, 0], {}),
+        ("mind", [1, 1, 1, 1], other),
+        ("no_fusion", [1, 0, 0, 0], {}),
+        ("no_fusion", [0, 0, 0, 0], {"questions": "4567"}),  # compared with nothing above
+    ):
         for seed in (0, 1):
             run = {
-                "settings": base | {"method": method, "seed": seed},
+                "settings": base | more | {"method": method, "seed": seed},
                 "environment": environment,
                 "validation_loss": 1.0 + 0.1 * seed,
                 "validation_losses": {"planning": 0.5 + 0.1 * seed, "analogy": 1.5 + 0.1 * seed},
@@ -128,22 +141,29 @@ def test_report_tells_what_the_files_hold(folder: Path, tmp_path: Path) -> None:
                 "forward_only_tokens": 7,
                 "log": {"selected_rationales": [2.0, 3.0], "rank_correlation": [-0.5, -0.25] * (method == "mind")},
             }
-            (results / f"{method}-{seed}.json").write_text(json.dumps(run))
-    chosen = {"settings": base | {"method": "no_fusion", "seed": 100}, "validation_loss": 0.9, "steps": 12}
-    chosen |= {"log": {"selected_rationales": [3.0, 1.0]}}
-    (results / "chosen.json").write_text(json.dumps(chosen))
+            (results / f"{method}-{seed}-{len(list(results.iterdir()))}.json").write_text(json.dumps(run))
+    chosen = {"settings": base | {"method": "no_fusion", "seed": 100}, "environment": environment, "steps": 12}
+    chosen |= {"validation_loss": 0.9, "validation": {"accuracy": 0.5, "answered": 1.0, "correct": [1, 0]}}
+    (results / "chosen.json").write_text(json.dumps(chosen | {"log": {"selected_rationales": [3.0, 1.0]}}))
+    untrained = {"settings": base | {"method": "untrained", "seed": 100}, "validation_loss": 2.0}
+    (results / "untrained.json").write_text(json.dumps(chosen | untrained))
     output = tmp_path / "RESULTS.md"
     report.main(["--results", str(tmp_path / "results"), "--output", str(output)])
     text = output.read_text()
-    row, by_perspective = (line for line in text.splitlines() if line.startswith("| `mind`"))
+    row, by_perspective = (line for line in text.splitlines() if line.startswith("| `mind` |"))
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells[1:3] == ["2", "1.050 ± 0.071"]
     assert cells[3].startswith("75.0 [") and cells[4].startswith("+50.0 [")
     assert cells[6:] == ["50", "10", "2.50", "-0.38", "7"]
     assert by_perspective == "| `mind` | 0.55 | 1.55 |"
-    assert "| s on svamp | `no_fusion` | 1,000 | 4 | 0.0001 | 0.8 | 0.1 | 100 | 12 | 2.00 | 0.9000 |" in text
+    (other_row, _) = (line for line in text.splitlines() if line.startswith("| `mind`, β = 0.3 |"))
+    assert "| 100.0 [100.0, 100.0] | +75.0 [" in other_row
+    assert text.count("| `no_fusion` | 2 | 1.050") == 2 and text.count("### s on svamp, 1,000 trained tokens") == 2
+    assert "| s on svamp | `no_fusion` | 1,000 | 4 | 0.0001 | 0.8 | 0.1 | 100 | 12 | 2.00 | 0.9000 | 50.0 [" in text
+    assert "| s on svamp | untrained | 1,000 | 4 | 0.0001 | 0.8 | 0.1 | 100 | – | – | 2.0000 | 50.0 [" in text
     assert "a CPU; commit 0123456789" in text
-    assert (tmp_path / "methods-s-svamp.png").stat().st_size > 1000
+    for picture in ("methods-s-svamp.png", "methods-s-svamp-2.png"):
+        assert (tmp_path / picture).stat().st_size > 1000 and text.count(f"({picture})") == 1
 
 
 def test_accuracy_counts_what_holds_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
