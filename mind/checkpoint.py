@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import re
 import shutil
 from typing import Any
 
@@ -24,16 +23,6 @@ def publish(partial: str, output_dir: str, name: str) -> None:
     os.replace(os.path.join(partial, name), target)
     _flush_one(output_dir)
     shutil.rmtree(partial)
-
-
-def remove_oldest(output_dir: str, limit: int | None) -> None:
-    """Removes the checkpoints that were written first until `limit` are left; None or below 1 keeps all."""
-    if limit is None or limit < 1:
-        return
-    folders = [entry for entry in os.scandir(output_dir) if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", entry.name)]
-    folders.sort(key=lambda entry: (entry.stat().st_mtime_ns, int(entry.name.rpartition("-")[2])))
-    for entry in folders[:-limit]:
-        shutil.rmtree(entry.path)
 
 
 def remove_partial(output_dir: str) -> None:

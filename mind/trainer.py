@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, rotate_checkpoints
 
 from mind.assistant import TeachingAssistant, load_assistant, select_rationales
 from mind.attach import MindAttachment, attach_mind_loss
 from mind.calibration import Calibrator
-from mind.checkpoint import PARTIAL_PREFIX, STATE_FILE, publish, read_state, remove_oldest, remove_partial
+from mind.checkpoint import PARTIAL_PREFIX, STATE_FILE, publish, read_state, remove_partial
 from mind.collator import QuestionBatch, SharedPrompts, collate, shared_prompts, student_inputs
 from mind.config import SHARDING, MindConfig
 from mind.data import EncodedQuestion, MindDataset
@@ -512,7 +512,7 @@ class MindTrainer(Trainer):
                 calibrator = None if self.calibrator is None else self.calibrator.state_dict()
                 torch.save(self._identity() | {"calibrator": calibrator}, os.path.join(partial, name, STATE_FILE))
             publish(partial, self.args.output_dir, name)
-            remove_oldest(self.args.output_dir, self.args.save_total_limit)
+            rotate_checkpoints(self.args.output_dir, save_total_limit=self.args.save_total_limit, use_mtime=True)
         self.accelerator.wait_for_everyone()
 
     def _identity(self) -> dict[str, Any]:

@@ -24,7 +24,6 @@ import mind.trainer
 from mind.assistant import load_assistant
 from mind.attach import MindAttachment
 from mind.calibration import Calibrator
-from mind.checkpoint import remove_oldest
 from mind.cli import parse_train
 from mind.collator import QuestionBatch
 from mind.config import MindConfig
@@ -693,18 +692,6 @@ def test_old_checkpoints_go_only_after_the_new_one_is_whole(tmp_path: Path, monk
     assert seen == [["checkpoint-1"], ["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
     assert json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
-
-
-@pytest.mark.parametrize(("limit", "left"), [(None, 4), (0, 4), (9, 4), (2, 2), (1, 1)])
-def test_the_checkpoints_written_first_go(tmp_path: Path, limit: int | None, left: int) -> None:
-    written = ["checkpoint-90", "checkpoint-5", "checkpoint-10", "checkpoint-15"]  # 90: of an earlier run here
-    others = ["checkpoint-best", "my-checkpoint-1", "partial-checkpoint-20"]
-    for time, name in enumerate(others + written):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "weights").write_text("")
-        os.utime(tmp_path / name, (time, time))
-    remove_oldest(str(tmp_path), limit)
-    assert {path.name for path in tmp_path.iterdir()} == {*others, *written[-left:]}
 
 
 @pytest.fixture(scope="module")
