@@ -71,7 +71,7 @@ def methods_section(documents: Sequence[Document], output: Path) -> list[str]:
         by_method = defaultdict(list)
         for document in group:
             by_method[_variant(document["settings"])].append(document)
-        variants = sorted(by_method, key=lambda name: (UNTRAINED, *METHODS).index(name.split(",")[0]))
+        variants = sorted(by_method, key=lambda name: ((UNTRAINED, *METHODS).index(name.split(",")[0]), name))
         lines += [
             f"### {student} on {data}, {budget:,} trained tokens",
             "",
