@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         for dtype in args.dtypes:
             results.append(measure(student, states, getattr(torch, dtype), args.rounds, say))
-        if student == args.students[0]:
+        if len(results) == len(args.dtypes):  # the first that could be read
             head = torch.randn(states.W.shape, generator=torch.Generator().manual_seed(0)) * 1e-3
             results.append(measure("random", states._replace(W=head), torch.float32, args.rounds, say))
     if not results:

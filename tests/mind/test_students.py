@@ -335,7 +335,7 @@ def test_smollm2(tmp_path, monkeypatch):
         dense_student("smollm2-135m", tmp_path)
     model, tokenizer = load_student("smollm2-135m", cache_dir=tmp_path)
     (packed,) = loaded
-    assert not hasattr(model.config, "quantization_config")
+    assert packed.config.quantization_config is not None and not hasattr(model.config, "quantization_config")
     assert model.get_output_embeddings().weight.shape == (49_152, 576)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert all(parameter.requires_grad for parameter in model.parameters())
