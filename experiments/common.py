@@ -7,7 +7,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,13 +132,14 @@ def accuracy(
 def run_once(path: Path, settings: Any, run: Callable[[], dict[str, Any]], device: str) -> None:
     """Runs and writes the file, unless it is there with the same settings: a stopped sweep goes on where it was.
 
-    settings: a dataclass, part of the file.
+    settings: a dataclass, part of the file; a file may be older than a setting that has a default.
 
     Raises: ValueError when the file is of other settings.
     """
     wanted = json.loads(json.dumps(asdict(settings)))
     if path.exists():
-        given = json.loads(path.read_text())["settings"]
+        defaults = {field.name: field.default for field in fields(settings) if field.default is not MISSING}
+        given = defaults | json.loads(path.read_text())["settings"]
         if given != wanted:
             other = [key for key in wanted if given.get(key) != wanted[key]]
             raise ValueError(f"{path}: was run with another {', '.join(other)}, want another folder or the file gone")

@@ -51,15 +51,18 @@ class Settings:
     beta: float
     tau_student: float
     questions: str  # fingerprint
+    feedback_share: float = MindConfig.feedback_share
 
 
 def file_name(settings: Settings) -> str:
-    """Without ".json": told apart by their settings where these are being chosen, else by β and τ_student if given."""
+    """Without ".json": told apart by settings where these are being chosen, else by those not at their defaults."""
     name = f"{Path(settings.student).name}-{settings.data}-{settings.method}-s{settings.seed}"
     if settings.seed >= 100:
-        return f"{name}-lr{settings.learning_rate:g}-beta{settings.beta:g}-tau{settings.tau_student:g}"
-    if (settings.beta, settings.tau_student) != (MindConfig.beta, MindConfig.tau_student):
+        name += f"-lr{settings.learning_rate:g}"
+    if settings.seed >= 100 or (settings.beta, settings.tau_student) != (MindConfig.beta, MindConfig.tau_student):
         name += f"-beta{settings.beta:g}-tau{settings.tau_student:g}"
+    if settings.feedback_share != MindConfig.feedback_share:
+        name += f"-feedback{settings.feedback_share:g}"
     return name
 
 
@@ -99,6 +102,7 @@ def run(settings: Settings, splits: Splits, device: str) -> dict[str, Any]:
             learning_rate=settings.learning_rate,
             beta=settings.beta,
             tau_student=settings.tau_student,
+            feedback_share=settings.feedback_share,
             per_device_train_batch_size=settings.questions_per_step,
             gradient_accumulation_steps=1,
             lr_scheduler_type="constant_with_warmup",
@@ -162,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--questions_per_step", type=int, default=4)
     parser.add_argument("--beta", type=float, default=MindConfig.beta)
     parser.add_argument("--tau_student", type=float, default=MindConfig.tau_student)
+    parser.add_argument("--feedback_share", type=float, default=MindConfig.feedback_share)
     options = parser.parse_args(arguments)
     device = options.device
     splits = load_splits(options)
@@ -177,6 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.beta,
             options.tau_student,
             fingerprint(splits),
+            options.feedback_share,
         )
         file = options.results / "methods" / f"{file_name(settings)}.json"
         run_once(file, settings, lambda settings=settings: run(settings, splits, device), device)  # type: ignore[misc]

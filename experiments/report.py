@@ -135,11 +135,12 @@ def methods_section(documents: Sequence[Document], output: Path) -> list[str]:
 
 
 def _variant(settings: dict[str, Any]) -> str:
-    """The method, and its β and τ_student where they are not the defaults."""
+    """The method, and its β, τ_student and share of questions with feedback where they are not the defaults."""
+    symbols = {"beta": "β", "tau_student": "τ_student", "feedback_share": "feedback"}
     chosen = [
         f"{symbol} = {settings[name]:g}"
-        for symbol, name in (("β", "beta"), ("τ_student", "tau_student"))
-        if settings[name] != getattr(MindConfig, name)
+        for name, symbol in symbols.items()
+        if settings.get(name, getattr(MindConfig, name)) != getattr(MindConfig, name)
     ]
     return ", ".join([settings["method"], *chosen])
 

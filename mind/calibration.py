@@ -58,25 +58,31 @@ class Calibrator:
     def warm_up(self, losses: Tensor) -> Iterator[dict[str, float]]:
         """Trains the assistant alone on the frozen student's losses (num_questions, K), NaN where there is none.
 
+        A question whose losses are all NaN was not measured, and nothing is learned from it.
+
         Yields, after each epoch, the mean calibration loss (nats) and rank correlation of that epoch.
         """
         self.loss_table.copy_(losses)
+        known = (~losses.isnan()).any(-1).nonzero().squeeze(-1)
         # Its own generator: every rank visits the questions in the same order.
         generator = torch.Generator().manual_seed(self.config.seed)
         for _ in range(self.config.assistant_warmup_epochs):
             totals = torch.zeros(3, dtype=torch.float64)
-            for indices in torch.randperm(len(self.dataset), generator=generator).split(self.config.assistant_window):
+            for indices in known[torch.randperm(len(known), generator=generator)].split(self.config.assistant_window):
                 loss, scores = self._step(indices, lr=self.config.assistant_warmup_lr)
                 correlation = rank_correlation(scores, self.loss_table[indices], ~self.loss_table[indices].isnan())
                 totals += torch.tensor([loss * len(indices), correlation.nansum(), (~correlation.isnan()).sum()])
             loss_sum, correlation_sum, correlation_count = totals.tolist()
             yield {
-                "meta_loss": loss_sum / len(self.dataset),
+                "meta_loss": loss_sum / len(known),
                 "rank_correlation": correlation_sum / correlation_count if correlation_count else float("nan"),
             }
 
     def observe(self, indices: Tensor, losses: Tensor) -> None:
-        """Adds the student's losses (B, K) on B questions (rows of the dataset) to the window."""
+        """Adds the student's losses (B, K) on B questions (rows of the dataset) to the window.
+
+        NaN: not measured. A question with such a rationale counts in the window, but nothing is learned from it.
+        """
         self._indices.append(indices)
         self._losses.append(losses.detach())
 
@@ -86,6 +92,11 @@ class Calibrator:
             return
         indices, losses = torch.cat(self._indices).cpu(), torch.cat(self._losses).cpu()
         self._indices, self._losses = [], []
+        mask = torch.tensor([self.dataset[index].mask for index in indices.tolist()])
+        known = (~losses.isnan() | ~mask).all(-1)
+        indices, losses = indices[known], losses[known]
+        if len(indices) == 0:
+            return
         for index, row in zip(indices.tolist(), losses, strict=True):
             known = self.loss_table[index]
             average = self.config.loss_ema * known + (1 - self.config.loss_ema) * row

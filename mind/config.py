@@ -98,6 +98,13 @@ class MindConfig(TrainingArguments):
     assistant_window: int = field(
         default=32, metadata={"help": "Questions between two of its steps: filters the noise of single batches."}
     )
+    feedback_share: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the questions, in (0, 1], drawn at random, whose unselected rationales the student reads "
+            "forward-only so that the assistant learns from them, in its warm-up and beside the student. 1: all."
+        },
+    )
     calibration_direction: Literal["prediction_first", "target_first"] = field(
         default="prediction_first",
         metadata={"help": "prediction_first: KL(score‖loss). target_first: KL(loss‖score), the classic order."},
@@ -193,6 +200,7 @@ class MindConfig(TrainingArguments):
             self._want(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
         self._want("seed", 0 <= self.seed < 2**32, f"0 to {2**32 - 1}")
         self._want("beta", 0 <= self.beta <= 1, "a number in [0, 1]")
+        self._want("feedback_share", 0 < self.feedback_share <= 1, "a number in (0, 1]")
         self._want("kl_beta", 0 < self.kl_beta < 1, "a number in (0, 1)")
         self._want("max_logits_bytes", self.max_logits_bytes is None or self.max_logits_bytes > 0, "a positive number")
         heads = self.assistant_heads

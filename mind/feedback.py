@@ -27,6 +27,10 @@ class Feedback:
     parts: Tensor  # (3,) cross-entropy, consistency, KL: shares of the optimiser step's, on the student's device
     pruned: Sequence[PrunedChunk] = ()  # with gradient_tolerance: what became of each chunk of logits
 
+    def losses_or_nan(self) -> Tensor:
+        """(B, K) losses, NaN for a rationale that was not measured; on the student's device."""
+        return self.losses.masked_fill((self.batch.mask & ~self.measured).to(self.losses.device), torch.nan)
+
 
 def summarise(
     feedback: Sequence[Feedback], config: MindConfig, perspectives: Sequence[str], *, steps: float, seconds: float
@@ -42,7 +46,8 @@ def summarise(
     perspective_selected/<name>: the share of its rationales that were selected
     perspective_loss/<name>: the student's mean token cross-entropy, over the rationales that were measured
     and with a teaching assistant:
-    perspective_score/<name>. meta_loss: L_meta. rank_correlation: of score and loss, −1 when perfectly calibrated
+    perspective_score/<name>; and over the questions all of whose rationales were measured: meta_loss: L_meta;
+        rank_correlation: of score and loss, −1 when perfectly calibrated
 
     steps, seconds: the optimiser steps and the time that `feedback` spans. Waits for the student's device once.
     """
@@ -74,8 +79,10 @@ def summarise(
         scores = torch.cat([item.scores for item in feedback if item.scores is not None])
         for k, name in enumerate(perspectives):
             totals[f"perspective_score/{name}"] = (scores[mask[:, k], k].sum().item(), mask[:, k].sum().item())
+        known = (measured == mask).all(-1)
+        scores, losses, mask = scores[known], losses[known], mask[known]
         meta_loss = calibration_loss(scores, losses, mask, tau=config.tau, direction=config.calibration_direction)
-        totals["meta_loss"] = (meta_loss.item() * len(scores), len(scores))
+        totals["meta_loss"] = (meta_loss.item() * len(scores) if len(scores) else 0.0, len(scores))
         correlation = rank_correlation(scores, losses, mask)
         totals["rank_correlation"] = (correlation.nansum().item(), (~correlation.isnan()).sum().item())
     return totals

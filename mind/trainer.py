@@ -3,7 +3,8 @@
 One micro-batch of B questions:
 
     scores s (B, K)  ->  weights α (B, K)  ->  the student reads the rationales with α > 0 and nothing else;
-    the losses of the others are measured forward-only, and only when the assistant learns from them.
+    the losses of the others are measured forward-only, and only when the assistant learns from them: in
+    `feedback_share` of the questions.
 
 Every loss is divided by the questions of the whole optimiser step: all its micro-batches on all ranks.
 """
@@ -166,8 +167,10 @@ class MindTrainer(Trainer):
         num_questions = len(inputs) if num_items_in_batch is None else num_items_in_batch
         scores, weights, losses = self._weigh(inputs)
         selected = weights > 0
+        measured = selected if losses is None else inputs.mask
         if self.calibrator is not None:
-            losses = self._measure(inputs.questions, inputs.mask & ~selected)
+            measured = selected | (inputs.mask & self._drawn(len(inputs)).unsqueeze(-1))
+            losses = self._measure(inputs.questions, measured & ~selected)
         batch = self._student_inputs(inputs.questions, selected)
         teacher = {} if self._teacher is None else {"teacher": self._teacher_rows(inputs.questions, selected, batch)}
         with record_pruning() as pruned:
@@ -190,7 +193,7 @@ class MindTrainer(Trainer):
                 scores=scores,
                 weights=weights,
                 losses=own_losses if losses is None else own_losses.where(selected.to(own_losses.device), losses),
-                measured=selected if losses is None else inputs.mask,
+                measured=measured,
                 parts=torch.stack([output.cross_entropy, consistency.detach(), output.kl]).float(),
                 pruned=pruned,
             )
@@ -219,6 +222,11 @@ class MindTrainer(Trainer):
             order = torch.rand(mask.shape).masked_fill(~mask, -1.0).argsort(dim=-1, descending=True)
             chosen = mask & (order.argsort(dim=-1) < 2)
         return None, chosen / chosen.sum(-1, keepdim=True), None
+
+    def _drawn(self, num_questions: int) -> Tensor:
+        """(num_questions,) bool: those whose unselected rationales are measured."""
+        share = self.args.feedback_share
+        return torch.rand(num_questions) < share if share < 1 else torch.ones(num_questions, dtype=torch.bool)
 
     def _student_inputs(self, questions: Sequence[EncodedQuestion], selected: Tensor) -> dict[str, Any]:
         """student_inputs on the device, but for the indices: the host needs them, and would have to wait for them."""
@@ -327,7 +335,7 @@ class MindTrainer(Trainer):
         """Just before the student's optimiser steps: the assistant gets this step's losses of all ranks."""
         if self.calibrator is not None:
             indices = torch.cat([feedback.batch.indices for feedback in self._since_step])
-            losses = torch.cat([feedback.losses for feedback in self._since_step])
+            losses = torch.cat([feedback.losses_or_nan() for feedback in self._since_step])
             if self.accelerator.num_processes > 1:
                 indices, losses = self.accelerator.gather((indices.to(losses.device), losses))
             self.calibrator.observe(indices, losses)
@@ -403,25 +411,28 @@ class MindTrainer(Trainer):
             raise RuntimeError("the fused loss is not attached: use train() or measure_losses()")
         return self._student
 
-    def measure_losses(self, dataset: MindDataset | None = None) -> Tensor:
+    def measure_losses(self, dataset: MindDataset | None = None, indices: Tensor | None = None) -> Tensor:
         """The student's loss on every rationale (num_questions, K), fp32 nats per token, NaN where there is none.
 
         dataset: default the training data. Forward-only, shared among the ranks.
+        indices: (n,) int64, the questions to measure, NaN for the others; default all.
         Raises: ValueError naming the questions whose loss is not finite.
         """
         if self._student is None:
             with self._fused_loss():
-                return self.measure_losses(dataset)
+                return self.measure_losses(dataset, indices)
         dataset = self.train_dataset if dataset is None else dataset
+        indices = torch.arange(len(dataset)) if indices is None else indices
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        batches = torch.arange(len(dataset)).split(self.args.per_device_train_batch_size)[rank::ranks]
+        batches = indices.split(self.args.per_device_train_batch_size)[rank::ranks]
         losses = torch.zeros(len(dataset), len(dataset.perspectives), device=self.args.device)
         quiet = self.args.disable_tqdm or not self.is_local_process_zero()
-        for indices in tqdm(batches, desc="measuring the student", unit="batch", disable=quiet):
-            batch = collate([dataset[i] for i in indices.tolist()])
-            losses[indices.to(losses.device)] = self._measure(batch.questions, batch.mask)
+        for some in tqdm(batches, desc="measuring the student", unit="batch", disable=quiet):
+            batch = collate([dataset[i] for i in some.tolist()])
+            losses[some.to(losses.device)] = self._measure(batch.questions, batch.mask)
         losses = self.accelerator.reduce(losses, reduction="sum").cpu()
-        mask = torch.tensor([question.mask for question in dataset.questions])
+        is_measured = torch.zeros(len(dataset), 1, dtype=torch.bool).index_fill(0, indices, True)
+        mask = torch.tensor([question.mask for question in dataset.questions]) & is_measured
         self._check_finite(QuestionBatch(dataset.questions, mask, None), losses, mask)
         return losses.masked_fill(~mask, torch.nan)
 
@@ -437,7 +448,11 @@ class MindTrainer(Trainer):
         """Before the first step, the student prepared: the assistant's warm-up, unless the run is resumed."""
         self._since_step, self._since_log, self._log_steps = [], [], 0
         if self.calibrator is not None and not self._resumed:
-            losses = self.measure_losses()
+            # Its own generator: every rank draws the same questions.
+            generator = torch.Generator().manual_seed(self.args.seed)
+            order = torch.randperm(len(self.train_dataset), generator=generator)
+            drawn = order[: math.ceil(self.args.feedback_share * len(order))]
+            losses = self.measure_losses(indices=drawn.sort().values)
             for epoch, metrics in enumerate(self.calibrator.warm_up(losses), start=1):
                 self.log({"assistant_warmup_epoch": epoch, **{f"assistant_warmup/{k}": v for k, v in metrics.items()}})
             scores = self.score().masked_fill(losses.isnan(), torch.nan)

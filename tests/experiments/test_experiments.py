@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "mind"))
 from tiny import tiny_student, tiny_tokenizer
 
-from experiments import gradient_tolerance, methods, report
+from experiments import common, gradient_tolerance, methods, report
 from experiments.common import accuracy
 from mind.problems import generate_records
 
@@ -75,9 +76,26 @@ def test_what_chooses_settings_sees_no_test_question(folder: Path) -> None:
 
 def test_runs_of_other_settings_are_other_files() -> None:
     names = []
-    for seed, beta in ((0, 0.8), (0, 0.3), (100, 0.8), (100, 0.3)):
-        names.append(methods.file_name(methods.Settings("a/s", "svamp", "mind", seed, 9, 1e-4, 2, beta, 0.1, "0")))
-    assert names[0] == "s-svamp-mind-s0" and len(set(names)) == 4
+    for seed, beta, share in ((0, 0.8, 1.0), (0, 0.3, 1.0), (100, 0.8, 1.0), (100, 0.3, 1.0), (0, 0.8, 0.5)):
+        settings = methods.Settings("a/s", "svamp", "mind", seed, 9, 1e-4, 2, beta, 0.1, "0", share)
+        names.append(methods.file_name(settings))
+    assert names[0] == "s-svamp-mind-s0" and len(set(names)) == 5
+
+
+def test_a_run_older_than_a_setting_was_done_with_its_default(tmp_path: Path) -> None:
+    @dataclass
+    class Settings:
+        seed: int
+        share: float = 1.0
+
+    path = tmp_path / "run.json"
+    common.run_once(path, Settings(0), dict, "cpu")
+    document = json.loads(path.read_text())
+    del document["settings"]["share"]
+    path.write_text(json.dumps(document))
+    common.run_once(path, Settings(0), lambda: pytest.fail("run again"), "cpu")
+    with pytest.raises(ValueError, match="run with another share"):
+        common.run_once(path, Settings(0, 0.5), dict, "cpu")
 
 
 def test_tolerances_are_compared_on_the_same_batches(folder: Path) -> None:

@@ -265,6 +265,57 @@ def test_the_loss_table_is_a_moving_average(tmp_path: Path) -> None:
     calibrator.step_if_due()
     assert torch.allclose(calibrator.loss_table, 0.75 * first, equal_nan=True)
 
+    table, weights = calibrator.loss_table.clone(), calibrator.assistant.state_dict()["head_out_bias"].clone()
+    unmeasured = torch.tensor([[1.0, math.nan, math.nan, 1.0], [math.nan, 1.0, 1.0, 1.0]])
+    calibrator.observe(indices, unmeasured)
+    calibrator.step_if_due()
+    assert not calibrator._losses  # a full window of which nothing is learned
+    assert torch.equal(calibrator.loss_table.nan_to_num(-1), table.nan_to_num(-1))
+    assert torch.equal(calibrator.assistant.state_dict()["head_out_bias"], weights)
+    calibrator.observe(indices, torch.tensor([[1.0, 1.0, math.nan, 1.0], [math.nan, 1.0, 1.0, 1.0]]))
+    calibrator.step_if_due()
+    table[1] = 0.75 * table[1] + 0.25  # its third rationale does not exist
+    assert torch.allclose(calibrator.loss_table, table, equal_nan=True)
+    assert not torch.equal(calibrator.assistant.state_dict()["head_out_bias"], weights)
+
+
+def test_a_share_of_the_questions_gives_feedback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All their rationales are known to the assistant; of the others no more is read than the student learns from."""
+    trainer = make_trainer(tmp_path, feedback_share=0.4, max_steps=12, assistant_learning_rate=1e-2)
+    fix_scores(trainer, [0.9, 0.5, 0.85, 0.1], monkeypatch)
+    calls: list[tuple[list[int], float]] = []
+    step = Calibrator._step
+
+    def record(self: Calibrator, indices: Tensor, lr: float) -> Any:
+        assert not (self.loss_table[indices].isnan() & torch.tensor([self.dataset[i].mask for i in indices])).any()
+        calls.append((indices.tolist(), lr))
+        return step(self, indices, lr)
+
+    monkeypatch.setattr(Calibrator, "_step", record)
+    spy = Spy(trainer)
+    trainer.train()
+    warm_up = [indices for indices, lr in calls if lr == trainer.args.assistant_warmup_lr]
+    assert [len(indices) for indices in warm_up] == [4]  # ⌈0.4 · 8⌉, in one window
+    measured = {row for ids in spy.measured for row in rows(ids)}
+    read_whole = [
+        question
+        for batch in spy.batches
+        for question in batch.questions
+        if {sequence(question, k) for k in (1, 3)} <= measured
+    ]
+    assert 0 < len(measured) < sum(2 * len(batch) for batch in spy.batches)
+    learned = {index for indices, lr in calls if lr == trainer.args.assistant_learning_rate for index in indices}
+    assert learned and learned <= {question.index for question in read_whole}
+    entries = [entry for entry in trainer.state.log_history if "cross_entropy" in entry]
+    assert {"meta_loss" in entry for entry in entries} == {True, False}  # a step may have drawn no question
+
+
+def test_all_questions_give_feedback_without_a_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path)
+    state = torch.get_rng_state()
+    assert trainer._drawn(3).tolist() == [True] * 3
+    assert torch.equal(torch.get_rng_state(), state)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The objective and its normalisation
@@ -580,7 +631,7 @@ def final_state(trainer: MindTrainer) -> dict[str, Any]:
         **{f"assistant {name}": tensor for name, tensor in calibrator.assistant.state_dict().items()},
         **{f"{i} {name}": tensor for i, state in optimizer.items() for name, tensor in state.items()},
         "loss table": calibrator.loss_table.nan_to_num(-1),
-        "window": torch.cat([*calibrator._losses, torch.zeros(0, 4)]),
+        "window": torch.cat([*calibrator._losses, torch.zeros(0, 4)]).nan_to_num(-1),
         "random": torch.get_rng_state(),
     }
 
@@ -601,11 +652,11 @@ def assert_same(one: MindTrainer, other: MindTrainer) -> None:
     assert logged(one) == logged(other)
 
 
-@pytest.mark.parametrize("method", ["mind", "mcc_kd"])
+@pytest.mark.parametrize(("method", "feedback_share"), [("mind", 1.0), ("mind", 0.5), ("mcc_kd", 1.0)])
 @pytest.mark.parametrize("first", [3, 6])
-def test_resuming_is_bitwise_the_whole_run(method: str, first: int, tmp_path: Path) -> None:
+def test_resuming_is_bitwise_the_whole_run(method: str, feedback_share: float, first: int, tmp_path: Path) -> None:
     """7 questions, 4 steps an epoch: step 3 lies within the first, 6 within the second."""
-    settings = RESUME | {"max_steps": 9, "method": method}
+    settings = RESUME | {"max_steps": 9, "method": method, "feedback_share": feedback_share}
     whole = make_trainer(tmp_path / "whole", student_with_dropout(), tiny_dataset(7), **settings)
     whole.train()
     resumed = make_trainer(tmp_path / "whole", student_with_dropout(), tiny_dataset(7), **settings)
