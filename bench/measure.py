@@ -23,6 +23,7 @@ import subprocess
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ TOLERANCE_ROWS, LOSS_BLOCKS = 250, 8
 REFERENCE_FLOP = {"cpu": 1e12, "cuda": 4e14}  # some seconds in the reference's dtype: more rows than that are cut
 PRODUCT_ROWS = 16_384  # of a bare product, so that (N, V) fits
 COPY_BYTES = 2**28
-SLOW_SECONDS = 1.5  # of a training step: measured once
+SLOW_SECONDS, SLOW_FACTOR = 1.5, 1.5  # of a training step, times the bare products: beyond both measured once
 REPETITIONS = {"cpu": (3, 15), "cuda": (7, 50)}  # at least, at most
 
 OK, WRONG, OOM, UNAVAILABLE, FAILED, NOT_RUN = "ok", "WRONG", "OOM", "unavailable", "failed", "not run"
@@ -285,6 +286,7 @@ def measure_case(
         "input_bytes": inputs.bytes,
     }
     exact = {None: reference(checked, checked.row_weights)}
+    products_ms = cache(lambda: Roofline(inputs).times(Clock(device))["both"])
     calls: dict[str, Call] = {}
     for row in rows:
         if row.provider in too_slow:
@@ -301,7 +303,7 @@ def measure_case(
         if row.reason:
             row.status = WRONG
             continue
-        attempt(row, lambda row=row, call=call: _first_step(row, call, inputs, device))
+        attempt(row, lambda row=row, call=call: _first_step(row, call, inputs, device, products_ms))
         if row.status == OK and not row.times:
             calls[row.provider] = call
     exact.clear()
@@ -330,12 +332,12 @@ def _check(
     return call
 
 
-def _first_step(row: Row, call: Call, given: Inputs, device: str) -> None:
-    """Peak memory; and the time, where a training step takes so long that it is not repeated."""
+def _first_step(row: Row, call: Call, given: Inputs, device: str, products_ms: Callable[[], float]) -> None:
+    """Peak memory; and the time, where a training step takes so long, also beside the products, that once will do."""
     found: list[dict[str, float]] = []
     clock = Clock(device)
     row.peak_bytes = peak_bytes(lambda: found.append(training_step(call, given, clock)[0]), device)
-    if found[0]["both"] > 1e3 * SLOW_SECONDS:
+    if found[0]["both"] > 1e3 * SLOW_SECONDS and found[0]["both"] > SLOW_FACTOR * products_ms():
         row.rounds = 1
         row.times = {mode: quantiles([value]) for mode, value in found[0].items()}
 

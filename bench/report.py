@@ -22,7 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from bench.compare import is_ours, read
-from bench.losses import Parser
+from bench.losses import DTYPES, Parser
 from bench.measure import NOT_RUN, OK, UNAVAILABLE, WRONG
 from mind_kernels.chunking import DEFAULT_MAX_LOGITS_BYTES
 
@@ -463,7 +463,8 @@ def headline(documents: Sequence[Document]) -> list[str]:
     lines: list[str] = []
     for device, of in _by_device(documents).items():
         cells = []
-        for case in merge([document for document in of if document["kind"] == "losses"]).values():
+        cases = merge([document for document in of if document["kind"] == "losses"]).values()
+        for case in sorted(cases, key=lambda case: list(DTYPES).index(case["dtype"])):
             rows = [r for r in case["rows"] if r["status"] == OK and r["times"] and budget_of(r["provider"]) is None]
             ours = min((r for r in rows if is_ours(r["provider"])), key=lambda r: ratio(r, case), default=None)
             peers = [r for r in rows if not is_ours(r["provider"])]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import json
+import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,19 @@ def test_a_wrong_provider_gets_no_number(loss: Any, part: str) -> None:
     assert not (rows["wrong"]["errors"][part] or torch.inf) < 0.05
     assert rows["right"]["status"] == OK
     assert rows["right"]["times"]["both"]["p50"] > 0
+
+
+def test_what_is_slow_beside_the_products_too_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(given: Inputs) -> Tensor:
+        time.sleep(0.05)
+        return plain(given)
+
+    for factor, rounds in ((math.inf, 3), (0.0, 1)):
+        monkeypatch.setattr("bench.measure.SLOW_SECONDS", 0.02)
+        monkeypatch.setattr("bench.measure.SLOW_FACTOR", factor)
+        _, rows = measure(provider("slow", slow), provider("right", plain))
+        assert rows["slow"]["rounds"] == rounds <= rows["right"]["rounds"]
+        assert rows["slow"]["times"]["both"]["p50"] > 50
 
 
 def test_out_of_memory_is_a_row_and_the_others_go_on() -> None:
