@@ -32,6 +32,18 @@ def multiply_(gradient: Tensor, factor: Tensor, backend: str) -> None:
         gradient.mul_(factor)
 
 
+def sums_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:  # (n,), (n,) int64 -> (size,)
+    """Σ of the values of each index, in the order in which they stand: the same from run to run.
+
+    On a GPU index_add_ adds in whatever order atomic additions come, where an accumulating index_put_ sorts first; on a
+    CPU it is the other way round.
+    """
+    sums = values.new_zeros(size)
+    if values.device.type == "cpu":
+        return sums.index_add_(0, index, values)
+    return sums.index_put_((index,), values, accumulate=True)
+
+
 class RationaleReduction:
     """weight (N,): ∂(Σ_r w_r·L_r)/∂(loss of row n), 0 for a row that is not supervised.
 
@@ -49,9 +61,7 @@ class RationaleReduction:
         self.num_rationales = len(rationale_weights)
         self.divisor = None
         if reduction == "mean":
-            count = torch.zeros_like(rationale_weights).index_add_(
-                0, rationale_id, supervised.to(rationale_weights.dtype)
-            )
+            count = sums_by_index(supervised.to(rationale_weights.dtype), rationale_id, self.num_rationales)
             self.divisor = count.clamp_(min=1)  # n_r
             rationale_weights = rationale_weights / self.divisor
         self.weight = rationale_weights[rationale_id] * supervised
@@ -61,5 +71,5 @@ class RationaleReduction:
         row_losses: Tensor,  # (n,) of supervised rows
         rows: Tensor,  # (n,) which rows of the N they are
     ) -> Tensor:  # (R,)
-        losses = row_losses.new_zeros(self.num_rationales).index_add_(0, self.rationale_id[rows], row_losses)
+        losses = sums_by_index(row_losses, self.rationale_id[rows], self.num_rationales)
         return losses if self.divisor is None else losses / self.divisor

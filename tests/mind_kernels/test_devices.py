@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mind_kernels.linear_sweep as linear_sweep
 import mind_kernels.operators as operators
@@ -68,18 +70,15 @@ def test_a_step_waits_for_nothing_when_the_host_knows_the_rows(kind: str, dtype:
         assert leaf.grad is not None and leaf.grad.shape == leaf.shape, name
 
 
-@pytest.mark.parametrize("kind", TEACHERS)
-@pytest.mark.parametrize("logits_dtype", [None, torch.float32], ids=["stored", "wide"])
-@pytest.mark.parametrize("gradient_tolerance", [0.0, 2**-8], ids=["dense", "pruned"])
-def test_what_launches_the_kernels_waits_for_nothing(
-    kind: str, logits_dtype: torch.dtype | None, gradient_tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same with the Triton path, whose kernels are not run: their arguments are made, their results are taken."""
-    launched: list[str] = []
-    kernel_class = type(multiply_kernel)
-    launch = lambda kernel, grid: lambda *arguments, **options: launched.append(kernel.fn.__name__)  # noqa: E731
-    monkeypatch.setattr(kernel_class, "__getitem__", launch)
+def on_launch(monkeypatch: pytest.MonkeyPatch, launched: Callable[[str], object]) -> None:
+    """From now on kernels are not run: `launched` is told their names, and the backend takes tensors of any device."""
+    launch = lambda kernel, grid: lambda *arguments, **options: launched(kernel.fn.__name__)  # noqa: E731
+    monkeypatch.setattr(type(multiply_kernel), "__getitem__", launch)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def triton_step(kind: str, *, gradient_tolerance: float = 0.0, logits_dtype: torch.dtype | None = None) -> None:
+    """Forward and backward of mind_loss on meta tensors."""
     host = random_case(2, 3, 6, 8, 40, 2).to(torch.bfloat16)
     case, teacher = on_meta(host), to_meta(random_teacher(kind, host))
     output = mind_loss(
@@ -91,6 +90,18 @@ def test_what_launches_the_kernels_waits_for_nothing(
         logits_dtype=logits_dtype, gradient_tolerance=gradient_tolerance,
     )  # fmt: skip
     output.loss.backward()
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32], ids=["stored", "wide"])
+@pytest.mark.parametrize("gradient_tolerance", [0.0, 2**-8], ids=["dense", "pruned"])
+def test_what_launches_the_kernels_waits_for_nothing(
+    kind: str, logits_dtype: torch.dtype | None, gradient_tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same with the Triton path, whose kernels are not run: their arguments are made, their results are taken."""
+    launched: list[str] = []
+    on_launch(monkeypatch, launched.append)
+    triton_step(kind, logits_dtype=logits_dtype, gradient_tolerance=gradient_tolerance)
     wanted = {"lse_kernel", "pairs_kernel", "multiply_kernel"}
     wanted |= {"tail_kernel", "tail_gradient_kernel"} if "topk" in kind else {"dense_kl_kernel"}
     if gradient_tolerance:
@@ -102,6 +113,29 @@ def test_what_launches_the_kernels_waits_for_nothing(
             "grad_weight_kernel",
         }
     assert set(launched) == wanted
+
+
+class Operations(TorchDispatchMode):
+    """Which of PyTorch's operations were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(function.overloadpacket.__name__.rstrip("_"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize("gradient_tolerance", [0.0, 2**-8], ids=["dense", "pruned"])
+def test_nothing_is_added_atomically(kind: str, gradient_tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PyTorch's documentation says of its operations: on a GPU these add in an order that is not fixed."""
+    on_launch(monkeypatch, lambda name: None)
+    with Operations() as operations:
+        triton_step(kind, gradient_tolerance=gradient_tolerance)
+    atomic = {"index_add", "scatter_add", "scatter_reduce", "index_reduce", "bincount", "histc", "put"}
+    assert "index_put" in operations.names and not operations.names & atomic
 
 
 @pytest.mark.parametrize("missing", ["supervised_index", "answer_index"])
