@@ -39,6 +39,12 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if is_autocast_on(device) else nullcontext()
 
 
+def current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes it PyTorch's current device, on which Triton launches wherever the tensors are; a compiler sees to it."""
+    is_ours = device.type == "cuda" and not torch.compiler.is_compiling()
+    return torch.cuda.device(device) if is_ours else nullcontext()
+
+
 def product_dtype(hidden_states: Tensor) -> torch.dtype:
     """The dtype of the products with the head: autocast's where it is on."""
     if is_autocast_on(hidden_states.device) and hidden_states.dtype != torch.float64:

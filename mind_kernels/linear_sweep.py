@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mind_kernels.arguments import product_dtype, refuse_second_derivative, without_autocast
+from mind_kernels.arguments import current_device, product_dtype, refuse_second_derivative, without_autocast
 from mind_kernels.chunking import Chunk, plan_chunks, row_buffer, teacher_parts
 from mind_kernels.plan import RowLosses, SweepOptions, make_plan
 from mind_kernels.products import TILE, adds_wide_products, has_wide_products, product, project
@@ -228,7 +228,7 @@ def linear_loss_and_gradients(
     compute_dtype: torch.dtype,
     needs: Sequence[bool],  # gradients, of the four tensors
 ) -> tuple[LinearLosses, SweepResult, Tensor]:  # and ∂loss/∂rationale_weights
-    with without_autocast(hidden_states.device):
+    with without_autocast(hidden_states.device), current_device(hidden_states.device):
         tensors = hidden_states, lm_head_weight, lm_head_bias, rationale_weights
         result = sweep(*tensors, options, compute_dtype, needs)
         weights = rationale_weights.reshape(-1).to(result.cross_entropy.dtype)
@@ -277,7 +277,7 @@ class _LinearLoss(torch.autograd.Function):
         result, ctx.result = ctx.result, None
         tensors = ctx.saved_tensors
         if result is None:
-            with without_autocast(grad_loss.device):
+            with without_autocast(grad_loss.device), current_device(grad_loss.device):
                 result = sweep(*tensors, *ctx.sweep_arguments)
         factor = grad_loss * result.gradient_scale
         gradients = [result.grad_hidden_states, result.grad_lm_head_weight, result.grad_lm_head_bias]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mind_kernels.arguments import current_device
+
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums, losses and log-sum-exps are fp32, for fp64 inputs fp64."""
@@ -27,7 +29,8 @@ def multiply_(gradient: Tensor, factor: Tensor, backend: str) -> None:
     if backend == "triton" and gradient.is_contiguous():
         from mind_kernels import triton_multiply
 
-        triton_multiply.multiply_(gradient, factor)
+        with current_device(gradient.device):
+            triton_multiply.multiply_(gradient, factor)
     else:
         gradient.mul_(factor)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mind_kernels.arguments import Rationales, refuse_second_derivative
+from mind_kernels.arguments import Rationales, current_device, refuse_second_derivative
 from mind_kernels.kl.call import KLCall
 from mind_kernels.kl.torch_path import torch_divergences
 from mind_kernels.reduction import multiply_, weighted_sum
@@ -24,7 +24,8 @@ def _divergences(
     if options.backend == "triton":
         from mind_kernels.kl.triton_path import triton_divergences
 
-        return triton_divergences(logits, rationale_weights, options, need_gradient)
+        with current_device(logits.device):
+            return triton_divergences(logits, rationale_weights, options, need_gradient)
     return torch_divergences(logits, rationale_weights, options, need_gradient)
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mind_kernels.arguments import refuse_second_derivative
+from mind_kernels.arguments import current_device, refuse_second_derivative
 from mind_kernels.triton_math import (
     LN2,
     LOG2E,
@@ -124,10 +124,11 @@ class _LogSoftmax(torch.autograd.Function):
         lse = torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device)
         ids = lse if token_ids is None else token_ids.long().contiguous()
         block = block_size(V, MAX_BLOCK_V)
-        log_softmax_kernel[(lse.numel() // K,)](
-            logits, ids, out, lse, 1.0 / temperature,
-            K=K, V=V, S=S, BLOCK_V=block, BLOCK_S=block_size(S, 1024) if S else 16, **ROW_LAUNCH,
-        )  # fmt: skip
+        with current_device(logits.device):
+            log_softmax_kernel[(lse.numel() // K,)](
+                logits, ids, out, lse, 1.0 / temperature,
+                K=K, V=V, S=S, BLOCK_V=block, BLOCK_S=block_size(S, 1024) if S else 16, **ROW_LAUNCH,
+            )  # fmt: skip
         ctx.save_for_backward(logits, lse, ids)
         ctx.temperature, ctx.is_selected, ctx.block = temperature, token_ids is not None, block
         return out
@@ -142,10 +143,11 @@ class _LogSoftmax(torch.autograd.Function):
         # Selected tokens get a second term: added in fp32 before the one rounding.
         dtype = torch.float32 if ctx.is_selected else logits.dtype
         grad_logits = torch.empty(logits.shape, dtype=dtype, device=logits.device)
-        log_softmax_backward_kernel[(lse.numel() // K,)](
-            logits, lse, grad_out, total, grad_logits, 1.0 / ctx.temperature,
-            K=K, V=V, IS_SELECTED=ctx.is_selected, BLOCK_V=ctx.block, **ROW_LAUNCH,
-        )  # fmt: skip
+        with current_device(logits.device):
+            log_softmax_backward_kernel[(lse.numel() // K,)](
+                logits, lse, grad_out, total, grad_logits, 1.0 / ctx.temperature,
+                K=K, V=V, IS_SELECTED=ctx.is_selected, BLOCK_V=ctx.block, **ROW_LAUNCH,
+            )  # fmt: skip
         if ctx.is_selected:
             grad_logits.scatter_add_(-1, ids, grad_out.float() / ctx.temperature)
         return grad_logits.to(logits.dtype), None, None

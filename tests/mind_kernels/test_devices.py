@@ -6,7 +6,8 @@ on meta tensors is a step in which the host does not wait for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +17,12 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import mind_kernels.kl.function as kl_function
 import mind_kernels.linear_sweep as linear_sweep
+import mind_kernels.log_softmax.triton_path as log_softmax
 import mind_kernels.operators as operators
 import mind_kernels.products as products
+import mind_kernels.reduction as reduction
 import mind_kernels.triton_columns
 import mind_kernels.triton_rows  # noqa: F401 - what a test's TRITON_INTERPRET finds imported stays compiled on a GPU
 from mind_kernels import (
@@ -136,6 +140,30 @@ def test_nothing_is_added_atomically(kind: str, gradient_tolerance: float, monke
         triton_step(kind, gradient_tolerance=gradient_tolerance)
     atomic = {"index_add", "scatter_add", "scatter_reduce", "index_reduce", "bincount", "histc", "put"}
     assert "index_put" in operations.names and not operations.names & atomic
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on PyTorch's current device, which need not be that of the tensors."""
+    current: list[torch.device] = []
+    launched: dict[str, list[torch.device]] = {}
+
+    @contextmanager
+    def recorded(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    for module in (linear_sweep, kl_function, reduction, log_softmax):
+        monkeypatch.setattr(module, "current_device", recorded)
+    on_launch(monkeypatch, lambda name: launched.setdefault(name, []).extend(current[-1:] or [torch.device("cpu")]))
+    for kind in TEACHERS:
+        triton_step(kind, gradient_tolerance=2**-8)
+    host = random_case(2, 3, 6, 8, 40, 2).to(torch.float32)
+    logits = torch.empty(2, 3, 6, 40, device="meta").requires_grad_()
+    for kind in TEACHERS:
+        ta_weighted_kl(logits, to_meta(random_teacher(kind, host)), backend="triton")[0].backward()
+    multi_rationale_log_softmax(logits, backend="triton").sum().backward()
+    assert len(launched) == 13 and {device for devices in launched.values() for device in devices} == {logits.device}
 
 
 @pytest.mark.parametrize("missing", ["supervised_index", "answer_index"])
