@@ -138,10 +138,13 @@ def _(
     def new(*size: int) -> Tensor:
         return hidden_states.new_empty(size, dtype=stats)
 
-    gradients = zip((hidden_states, lm_head_weight, lm_head_bias), needs, strict=False)
+    # The gradients of head and bias are contiguous, whatever they are.
+    like_bias = lm_head_bias if lm_head_bias is not None and needs[2] else hidden_states
     return (
         new(), new(*shape), new(*shape), new(), new(),
-        *(torch.empty_like(t) if needed and t is not None else hidden_states.new_empty(0) for t, needed in gradients),
+        torch.empty_like(hidden_states) if needs[0] else hidden_states.new_empty(0),
+        lm_head_weight.new_empty(lm_head_weight.shape if needs[1] else (0,)),
+        like_bias.new_empty(len(like_bias) if like_bias is lm_head_bias else 0),
         new(*rationale_weights.shape) if needs[3] else rationale_weights.new_empty(0),
     )  # fmt: skip
 
@@ -208,7 +211,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     stats = statistics_dtype(logits.dtype)
     losses = logits.new_empty(rationale_weights.numel(), dtype=stats)
-    return logits.new_empty((), dtype=stats), losses, torch.empty_like(logits) if needs[0] else logits.new_empty(0)
+    return logits.new_empty((), dtype=stats), losses, logits.new_empty(logits.shape if needs[0] else (0,))
 
 
 def _kl_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -25,7 +25,7 @@ def torch_divergences(
     reduce = RationaleReduction(weights, options.rationales.rationale_id, options.supervised, options.reduction)
     rows = options.rows
     row_losses = torch.empty(len(rows), dtype=stats, device=logits.device)
-    grad_logits = torch.zeros_like(logits) if need_gradient else None
+    grad_logits = torch.zeros_like(logits, memory_format=torch.contiguous_format) if need_gradient else None
 
     num_rows = block_rows(V, logits.device, options.max_logits_bytes)
     scratch = Scratch(num_rows, V, stats, logits.device)

@@ -35,10 +35,11 @@ from mind_kernels import (
 )
 from mind_kernels.arguments import choose_backend
 from mind_kernels.combined.reference import reference_mind_loss
-from mind_kernels.teachers import Teacher
+from mind_kernels.teachers import Teacher, TeacherLogits
 from mind_kernels.testing import MindCase, random_case, random_teacher, relative_error
 from mind_kernels.triton_multiply import multiply_kernel
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEACHERS = ("hidden", "logits", "topk", "topk-renormalize")
 
 
@@ -295,9 +296,8 @@ def test_bad_values_are_told_inside_a_compiled_graph() -> None:
         function(labels)
 
 
-def test_operators_keep_their_promises_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Schema, fake implementation and autograd registration, by PyTorch's own check of custom operators."""
-    case = random_case(2, 3, 6, 8, 40, 2).to(torch.float32)
+def operator_calls(function: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple]]:
+    """The operators that function() calls within a compiled graph, and their arguments."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     calls: list[tuple] = []
 
@@ -310,11 +310,30 @@ def test_operators_keep_their_promises_to_the_compiler(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(operators, "_linear_loss", recording(operators._linear_loss))
     monkeypatch.setattr(operators, "_kl_loss", recording(operators._kl_loss))
-    functions, leaves = losses(case), tuple(case.leaves().values())
-    for name in ("cross_entropy", "linear_kl", "whole", "consistency", "on_logits"):
-        functions[name](*leaves)
+    function()
     monkeypatch.undo()
-    assert len(calls) == 5
+    return calls
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_operators_keep_their_promises_to_the_compiler(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schema, fake implementation and autograd registration, by PyTorch's own check of custom operators."""
+    case = random_case(2, 3, 6, 8, 40, 2).to(torch.float32)
+    functions, leaves = losses(case), case.leaves()
+
+    def call() -> None:
+        if layout == "contiguous":
+            for name in ("cross_entropy", "linear_kl", "whole", "consistency", "on_logits"):
+                functions[name](*leaves.values())
+            return
+        leaves["lm_head_weight"] = case.lm_head_weight.detach().t().contiguous().t().requires_grad_()
+        functions["cross_entropy"](*leaves.values())
+        logits = torch.randn(40, 5, device=DEVICE).t().requires_grad_()
+        for backend in ("torch", "triton"):
+            ta_weighted_kl(logits, TeacherLogits(torch.randn(5, 40, device=DEVICE)), backend=backend)
+
+    calls = operator_calls(call, monkeypatch)
+    assert len(calls) == (5 if layout == "contiguous" else 3)
     for operator, arguments in calls:
         torch.library.opcheck(operator, arguments)
 
