@@ -110,10 +110,11 @@ def _linear_loss(
         check_answer_index(options.answer_index, rationale_weights, len(hidden_states))
     inputs = hidden_states, lm_head_weight, lm_head_bias, rationale_weights
     losses, result, grad_weights = linear_loss_and_gradients(*inputs, options, compute_dtype, list(needs))
-    scale = torch.as_tensor(result.gradient_scale, dtype=losses.loss.dtype, device=losses.loss.device)
+    scale = result.gradient_scale  # a number is not copied to the device, which would wait: it is written there
+    scale = scale.clone() if isinstance(scale, Tensor) else losses.loss.new_full((), scale)
     return (  # type: ignore[return-value]
         *(tensor.clone() for tensor in losses),  # an operator's results share no memory
-        scale.clone(),
+        scale,
         _or_empty(result.grad_hidden_states, hidden_states),
         _or_empty(result.grad_lm_head_weight, lm_head_weight),
         _or_empty(result.grad_lm_head_bias, hidden_states),

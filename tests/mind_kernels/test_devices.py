@@ -338,6 +338,25 @@ def test_operators_keep_their_promises_to_the_compiler(layout: str, monkeypatch:
         torch.library.opcheck(operator, arguments)
 
 
+def test_an_operator_copies_no_number_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.tensor and torch.as_tensor of a number on a GPU wait for the device."""
+    case = random_case(2, 3, 6, 8, 40, 2).to(torch.float32)
+    leaves = tuple(case.leaves().values())
+    (call,) = operator_calls(lambda: losses(case)["cross_entropy"](*leaves), monkeypatch)
+
+    def on_host(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def created(*args: Any, **options: Any) -> Tensor:
+            assert "device" not in options
+            return create(*args, **options)
+
+        return created
+
+    for name in ("tensor", "as_tensor"):
+        monkeypatch.setattr(torch, name, on_host(getattr(torch, name)))
+    operator, arguments = call
+    operator(*arguments)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The precision of the stored logits, and the choice of a path
 
