@@ -29,6 +29,10 @@ from mind_kernels.teachers import TeacherHidden, TeacherLogits, TeacherTopK
 
 RATIONALES_FIELDS = Rationales._fields  # read here, as the compiler of PyTorch 2.8 cannot
 
+# Launches depend on how many rows there are, which a replayed graph would not ask again: a compiler that makes graphs
+# (mode="reduce-overhead") leaves these operators between them.
+NO_CUDA_GRAPH = (torch.Tag.cudagraph_unsafe,)
+
 _NESTED = {
     kind.__name__: kind for kind in (KLOptions, Rationales, GradientPruning, TeacherHidden, TeacherLogits, TeacherTopK)
 }
@@ -88,7 +92,7 @@ def _scaled(gradients: Sequence[Tensor], factor: Tensor, needs: Sequence[bool]) 
 # Everything that takes hidden states
 
 
-@torch.library.custom_op("mind_kernels::linear_loss", mutates_args=())
+@torch.library.custom_op("mind_kernels::linear_loss", mutates_args=(), tags=NO_CUDA_GRAPH)
 def _linear_loss(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -189,7 +193,7 @@ def compiled_linear_loss(
 # A divergence on logits
 
 
-@torch.library.custom_op("mind_kernels::kl_loss", mutates_args=())
+@torch.library.custom_op("mind_kernels::kl_loss", mutates_args=(), tags=NO_CUDA_GRAPH)
 def _kl_loss(
     logits: Tensor,
     rationale_weights: Tensor,

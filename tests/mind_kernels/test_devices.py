@@ -357,6 +357,12 @@ def test_an_operator_copies_no_number_to_the_device(monkeypatch: pytest.MonkeyPa
     operator(*arguments)
 
 
+def test_operators_are_left_out_of_cuda_graphs() -> None:
+    """Which rows there are decides what a sweep launches: recorded once, it would be replayed for other labels."""
+    for operator in (torch.ops.mind_kernels.linear_loss, torch.ops.mind_kernels.kl_loss):
+        assert torch.Tag.cudagraph_unsafe in operator.default.tags
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The precision of the stored logits, and the choice of a path
 
