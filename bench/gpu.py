@@ -38,6 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench.measure import git
 from bench.shapes import GPU_CASES, Case
 from mind_kernels import (
     GradientPruning,
@@ -364,10 +365,9 @@ def check_kernels(dry_run: bool) -> float:
 
 
 def environment(device: str) -> dict[str, Any]:
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor()} (interpreter)",
-        "commit": git.stdout.strip() or None,
+        "commit": git("describe", "--always", "--dirty", "--abbrev=40") or None,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,

@@ -427,12 +427,19 @@ def _plain(document: dict[str, Any]) -> dict[str, Any]:
 # The machine, and files
 
 
+def git(*arguments: str) -> str:
+    """What git says of these sources; nothing where they are a copy without history, or git is not installed."""
+    command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Device, commit and versions: what a number is worth nothing without."""
-    git = ["git", "-C", str(Path(__file__).parent.parent)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    """Device, commit (None where there is none to be had) and versions: what a number is worth nothing without."""
     sources = [".", ":!bench/results", ":!experiments/results", ":!*.md"]  # a run writes results
-    status = subprocess.run([*git, "status", "--porcelain", "--", *sources], capture_output=True, text=True)
+    changes = "+uncommitted" if git("status", "--porcelain", "--", *sources) else ""
     if device == "cpu":
         model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
         name = f"{model[1] if model else platform.processor()}, {torch.get_num_threads()} threads of {os.cpu_count()}"
@@ -441,7 +448,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     packages = sorted({provider.package for provider in PROVIDERS.values()} | {"transformers", "triton"})
     return {
         "device": name,
-        "commit": commit + ("+uncommitted" if status.stdout.strip() else "") or None,
+        "commit": git("rev-parse", "HEAD") + changes or None,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "versions": {package: version(package) for package in packages},

@@ -18,7 +18,17 @@ from torch import Tensor
 
 from bench import compare, losses, report, steps
 from bench.inputs import Inputs, make_inputs, reference
-from bench.measure import FAILED, NOT_RUN, OK, OOM, UNAVAILABLE, WRONG, measure_case, relative_error
+from bench.measure import (
+    FAILED,
+    NOT_RUN,
+    OK,
+    OOM,
+    UNAVAILABLE,
+    WRONG,
+    environment,
+    measure_case,
+    relative_error,
+)
 from bench.providers import PROVIDERS, Call, Provider, Unavailable, find_provider, from_mean
 from bench.shapes import LOSS_CASES, LossCase
 
@@ -129,6 +139,11 @@ def test_out_of_memory_is_a_row_and_the_others_go_on() -> None:
     assert rows["broken"]["reason"].startswith("KeyError") and "\n" not in rows["broken"]["reason"]
     assert rows["absent"]["version"] is None and rows["absent"]["reason"] == "needs a GPU"
     assert rows["right"]["times"] and rows["right"]["roofline_fraction"]["both"] > 0
+
+
+def test_sources_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert environment()["commit"] is None and environment()["torch"] == torch.__version__
 
 
 def test_a_real_allocation_failure_is_recognised() -> None:
