@@ -22,6 +22,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -89,7 +90,9 @@ def attempt(row: Row, function: Callable[[], Any]) -> Any:
         row.reason = one_line(error)
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        # After an illegal access every call fails, this one too: then the rows that follow say so.
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
     return None
 
 
@@ -275,7 +278,7 @@ def measure_case(
         for row in rows:
             row.status, row.reason = status, preparation.reason
         return _plain(document)
-    inputs, allowed, checked = given
+    inputs, allowed, checked, exact = given
     active, passive = inputs.num_rows()
     document |= {
         "rows_with_gradient": active,
@@ -285,7 +288,6 @@ def measure_case(
         "gradient_bytes": inputs.gradient_bytes,
         "input_bytes": inputs.bytes,
     }
-    exact = {None: reference(checked, checked.row_weights)}
     products_ms = cache(lambda: Roofline(inputs).times(Clock(device))["both"])
     calls: dict[str, Call] = {}
     for row in rows:
@@ -342,12 +344,15 @@ def _first_step(row: Row, call: Call, given: Inputs, device: str, products_ms: C
         row.times = {mode: quantiles([value]) for mode, value in found[0].items()}
 
 
-def _prepare(case: LossCase, num_rows: int, dtype: torch.dtype, device: str) -> tuple[Inputs, dict[str, float], Inputs]:
-    """The inputs, the allowed errors, and the inputs on which errors are taken: the same unless that takes long."""
+def _prepare(
+    case: LossCase, num_rows: int, dtype: torch.dtype, device: str
+) -> tuple[Inputs, dict[str, float], Inputs, dict[Any, LossAndGradients]]:
+    """The inputs, the allowed errors, the inputs on which errors are taken, the same unless that takes long, and what
+    is exact of these."""
     given = make_inputs(case, num_rows, dtype, device)
     most = int(REFERENCE_FLOP[device] / (6 * given.lm_head_weight.numel()))
     checked = given if most >= len(given.labels) else make_inputs(case, most, dtype, device)
-    return given, allowed_errors(case, given, dtype, device), checked
+    return given, allowed_errors(case, given, dtype, device), checked, {None: reference(checked, checked.row_weights)}
 
 
 def _time(
@@ -361,16 +366,14 @@ def _time(
     clock, by_name = Clock(device), {row.provider: row for row in rows}
     times: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
     roofline = attempt(floor := Row("roofline", None), lambda: Roofline(given))
-    if roofline is None or attempt(floor, lambda: roofline.times(clock)) is None:
-        for name in calls:
-            by_name[name].status, by_name[name].reason = floor.status, f"the bare products: {floor.reason}"
-        return
     bare: list[dict[str, float]] = []
     least, most = REPETITIONS[device]
     warm = False  # the first round finds compiled code and memory, and is thrown away
     start = time.perf_counter()
-    while len(bare) < most and (len(bare) < least or time.perf_counter() - start < seconds):
-        round_of_bare = roofline.times(clock)
+    while roofline and len(bare) < most and (len(bare) < least or time.perf_counter() - start < seconds):
+        round_of_bare = attempt(floor, lambda: roofline.times(clock))
+        if round_of_bare is None:
+            break
         for name in [*times]:
             found = attempt(by_name[name], lambda name=name: step_times(calls[name], given, clock))
             if found is None:
@@ -380,6 +383,11 @@ def _time(
         if warm:
             bare.append(round_of_bare)
         warm = True
+    if floor.status != OK:
+        for row in rows:
+            if row.status == OK:
+                row.status, row.reason, row.times = floor.status, f"the bare products: {floor.reason}", {}
+        return
     products = {key: quantiles([entry[key] for entry in bare]) for key in (*MODES, "copy")}
     rate = 2 * COPY_BYTES / products["copy"]["p50"]  # bytes/ms, read and written
     floors = {mode: max(products[mode]["p50"], roofline.bytes[mode] / rate) for mode in MODES}

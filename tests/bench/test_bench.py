@@ -25,6 +25,7 @@ from bench.measure import (
     OOM,
     UNAVAILABLE,
     WRONG,
+    Roofline,
     environment,
     measure_case,
     relative_error,
@@ -139,6 +140,35 @@ def test_out_of_memory_is_a_row_and_the_others_go_on() -> None:
     assert rows["broken"]["reason"].startswith("KeyError") and "\n" not in rows["broken"]["reason"]
     assert rows["absent"]["version"] is None and rows["absent"]["reason"] == "needs a GPU"
     assert rows["right"]["times"] and rows["right"]["roofline_fraction"]["both"] > 0
+
+
+@pytest.mark.parametrize("when", [1, 3], ids=["at-its-check", "in-the-rounds"])
+def test_a_device_that_is_lost_is_told_in_rows(when: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an illegal access each call of CUDA raises, whosever it is."""
+    calls, lost = 0, False
+
+    def raise_if_lost() -> None:
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def breaks(given: Inputs) -> Tensor:
+        nonlocal calls, lost
+        calls += 1
+        lost = calls >= when
+        raise_if_lost()
+        return plain(given)
+
+    def peer(given: Inputs) -> Tensor:
+        raise_if_lost()
+        return plain(given)
+
+    times = Roofline.times
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", raise_if_lost)
+    monkeypatch.setattr(Roofline, "times", lambda self, clock: raise_if_lost() or times(self, clock))
+    document, rows = measure(provider("peer", peer), provider("breaks", breaks))
+    assert all(row["status"] == FAILED and "illegal memory access" in row["reason"] for row in rows.values())
+    losses.show(document)
 
 
 def test_sources_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
