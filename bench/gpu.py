@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -38,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.measure import git
+from bench.measure import OK, Row, attempt, git, write_json
 from bench.shapes import GPU_CASES, Case
 from mind_kernels import (
     GradientPruning,
@@ -103,6 +104,15 @@ class Bench:
             times.append(self.once(function))
         quantiles = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
         return Timing(*quantiles, peak)
+
+
+def try_out(where: dict[str, Any], function: Callable[[], Any]) -> Any:
+    """function(), or None where it fails: `where` and the screen tell why, and the rest goes on."""
+    found = attempt(row := Row("", None), function)
+    if row.status != OK:
+        where["failed"] = f"{row.status}: {row.reason}"
+        print(where["failed"], file=sys.stderr, flush=True)
+    return found
 
 
 class Inputs(NamedTuple):
@@ -245,25 +255,24 @@ def measure_head(case: Case, bench: Bench, budgets: dict[str, int | None]) -> di
     three, four = bench(products(given)), bench(products(given, with_teacher=True))
     rows: list[dict[str, Any]] = []
 
-    def add(what: str, budget: str, function: Callable[[], None], bare: Timing) -> Timing:
-        timing = bench(function)
+    def add(what: str, budget: str, function: Callable[[], None], bare: Timing) -> float:
+        """ms, NaN where it fails."""
+        row: dict[str, Any] = {"what": what, "budget": budget}
+        rows.append(row)
+        timing = try_out(row, lambda: bench(function))
+        if timing is None:
+            return math.nan
         gradients = (given.X.numel() + given.W.numel()) * 2
-        rows.append(
-            {
-                "what": what,
-                "budget": budget,
-                **timing._asdict(),
-                "extra_bytes": max(timing.peak_bytes - gradients, 0),
-                "ratio_to_products": timing.p50 / bare.p50,
-            }
-        )
-        return timing
+        row |= timing._asdict() | {
+            "extra_bytes": max(timing.peak_bytes - gradients, 0),
+            "ratio_to_products": timing.p50 / bare.p50,
+        }
+        return timing.p50
 
-    whole: Timing | None = None
-    for name, limit in budgets.items():
-        timing = add("cross-entropy", name, step(given, max_logits_bytes=limit), three)
-        whole = whole or timing
-    assert whole is not None
+    of_budgets = [
+        add("cross-entropy", name, step(given, max_logits_bytes=limit), three) for name, limit in budgets.items()
+    ]
+    whole = of_budgets[0]
     with_kl = {"teacher": given.teacher, "kl_weight": 1.0}
     add("cross-entropy + forward KL", "default", step(given, **with_kl), four)
     add("cross-entropy + JSD", "default", step(given, divergence="jsd", **with_kl), four)
@@ -280,25 +289,38 @@ def measure_head(case: Case, bench: Bench, budgets: dict[str, int | None]) -> di
     if case.name in JSD_HEADS:
         fewer = first_half(given)
         add("JSD alone, half of N", "default", jsd_alone(fewer), bench(products(fewer, with_teacher=True)))
-    pruning = None
-    if case.name in PRUNED_HEADS:
-        pruning = measure_pruning(case, given, index, bench, add, three)
-    return {
+    result = {
         "case": vars(case),
         "three_products": three._asdict(),
         "four_products": four._asdict(),
         "rows": rows,
-        "consistency_share": consistency.p50 / whole.p50 - 1,
-        "half_rows_ratio": halved.p50 / whole.p50,
-        "weight_0_saving": 1 - some.p50 / whole.p50,
-        "errors": errors(given),
-        "step_waits_for_nothing": check_no_wait(given, index),
-        "pruning": pruning,
+        "consistency_share": finite(consistency / whole - 1),
+        "half_rows_ratio": finite(halved / whole),
+        "weight_0_saving": finite(1 - some / whole),
+        **check(given, index),
+        "pruning": None,
     }
+    if case.name in PRUNED_HEADS:
+        failed: dict[str, Any] = {}
+        found = try_out(failed, lambda: measure_pruning(case, given, index, bench, add, three))
+        result["pruning"] = found or failed
+    return result
+
+
+def finite(value: float) -> float | None:  # JSON has no NaN
+    return value if math.isfinite(value) else None
+
+
+def check(given: Inputs, index: Tensor, **options: Any) -> dict[str, Any]:
+    """The errors, and whether a step waits for nothing."""
+    found: dict[str, Any] = {"errors": {}, "waiting": {}}
+    found["errors"] = try_out(found["errors"], lambda: errors(given)) or found["errors"]
+    waits_for_nothing = try_out(found["waiting"], lambda: check_no_wait(given, index, **options))
+    return found | {"step_waits_for_nothing": waits_for_nothing is True}
 
 
 def measure_pruning(
-    case: Case, given: Inputs, index: Tensor, bench: Bench, add: Callable[..., Timing], three: Timing
+    case: Case, given: Inputs, index: Tensor, bench: Bench, add: Callable[..., float], three: Timing
 ) -> dict[str, Any]:
     """Rows with gradient_tolerance, and {row: what became of its chunks}, errors, and that nothing waited."""
     peaked = peaked_inputs(case, bench.device)
@@ -308,13 +330,14 @@ def measure_pruning(
 
     def add_pruned(what: str, budget: str, inputs: Inputs, bare: Timing, **options: Any) -> None:
         run = step(inputs, **options)
+        if math.isnan(add(what, budget, run, bare)):
+            return
         with record_pruning() as records:
             run()
         chunks[f"{what}, {budget}"] = [
             {"rows": record.rows, "kept_share": record.kept_share, "certificate": record.certificate}
             for record in records
         ]
-        add(what, budget, run, bare)
 
     add("peaked", "default", step(peaked), three)
     add_pruned("peaked, tolerance", "default", peaked, three, gradient_tolerance=TOLERANCE)
@@ -331,8 +354,7 @@ def measure_pruning(
         "tolerance": TOLERANCE,
         "two_products": two._asdict(),
         "chunks": chunks,
-        "errors": errors(peaked),
-        "step_waits_for_nothing": check_no_wait(peaked, index, gradient_tolerance=TOLERANCE),
+        **check(peaked, index, gradient_tolerance=TOLERANCE),
     }
 
 
@@ -395,6 +417,9 @@ def show(results: list[dict[str, Any]]) -> None:
             "peaked, frozen head, tolerance": FROZEN_TARGET,
         }
         for row in result["rows"]:
+            if "failed" in row:
+                table.add_row(case["name"], row["what"], row["budget"], "failed")
+                continue
             target = targets.get(row["what"]) if row["budget"] == "default" else None
             table.add_row(
                 case["name"], row["what"], row["budget"], f"{row['p20']:.2f}", f"{row['p50']:.2f}", f"{row['p80']:.2f}",
@@ -403,13 +428,17 @@ def show(results: list[dict[str, Any]]) -> None:
             )  # fmt: skip
     Console(width=150).print(table)
     for result in results:
-        print(
-            f"{result['case']['name']}: consistency +{100 * result['consistency_share']:.1f} %, "
-            f"half the rows ×{result['half_rows_ratio']:.2f}, "
-            f"3 of 8 at weight 0 −{100 * result['weight_0_saving']:.0f} %, "
-            f"errors {json.dumps(result['errors'])}"
-        )
-        if result["pruning"]:
+        shares = [
+            text.format(result[name])
+            for name, text in (
+                ("consistency_share", "consistency +{:.1%}"),
+                ("half_rows_ratio", "half the rows ×{:.2f}"),
+                ("weight_0_saving", "3 of 8 at weight 0 −{:.0%}"),
+            )
+            if result[name] is not None
+        ]
+        print(f"{result['case']['name']}: {', '.join(shares)}, errors {json.dumps(result['errors'])}")
+        if result["pruning"] and "chunks" in result["pruning"]:
             kept = {
                 what: f"{100 * sum(c['rows'] * c['kept_share'] for c in chunks) / sum(c['rows'] for c in chunks):.2f} %"
                 for what, chunks in result["pruning"]["chunks"].items()
@@ -436,7 +465,8 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for case in cases:
         limits = {name: limit for name, limit in budgets.items() if name != "4 GiB" or case.hidden_size < 1024}
-        results.append(measure_head(case, bench, limits))
+        failed: dict[str, Any] = {"case": vars(case)}
+        results.append(try_out(failed, lambda: measure_head(case, bench, limits)) or failed)  # noqa: B023
         seconds = time.perf_counter() - start
         print(f"{case.name}: {seconds:.0f} s", flush=True)
         if args.results:  # after each head: what is measured stays, whatever becomes of the next
@@ -446,11 +476,11 @@ def main() -> None:
                 "test_seconds": test_seconds,
                 "results": results,
             }
-            temporary = args.results.with_name(args.results.name + ".tmp")
-            temporary.write_text(json.dumps(document, indent=1) + "\n")
-            temporary.replace(args.results)
-    show(results)
+            write_json(args.results, document)
+    show([result for result in results if "failed" not in result])
     print(f"{time.perf_counter() - start:.0f} s, of which tests {test_seconds:.0f} s")
+    if '"failed"' in json.dumps(results):
+        raise SystemExit("bench.gpu: not everything could be measured: see above")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ kernel can do. What is shipped stands first; what beats it belongs into MAX_BLOC
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.gpu import Bench, environment  # first: without a GPU it turns Triton's interpreter on
+from bench.measure import write_json
 from mind_kernels.chunking import DEFAULT_MAX_LOGITS_BYTES, PART_ROWS, PARTS, row_buffer
 from mind_kernels.cross_entropy import triton_path as cross_entropy
 from mind_kernels.linear_kl import triton_path as linear_kl
@@ -137,11 +137,12 @@ def main(arguments: list[str] | None = None) -> None:
         repair_interpreter()
     bench = Bench(device, 1 if options.dry_run else 30)
     vocabularies, launches = ((600,), LAUNCHES[:2]) if options.dry_run else (VOCABULARIES, LAUNCHES)
-    rows = [row for V in vocabularies for row in measure(V, device, bench, launches)]
+    rows: list[dict[str, Any]] = []
+    for V in vocabularies:
+        rows += measure(V, device, bench, launches)
+        if options.results:  # after each vocabulary: what is measured stays, whatever becomes of the next
+            write_json(options.results, {"environment": environment(device), "rows": rows})
     show(rows)
-    if options.results:
-        document = {"environment": environment(device), "rows": rows}
-        options.results.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

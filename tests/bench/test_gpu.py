@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,41 @@ def test_one_head(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     gpu.show([result])
     printed = capsys.readouterr().out
     assert "peaked, frozen head, tolerance" in printed and "all dense" in printed
+
+
+def test_what_fails_is_told_and_the_rest_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """There may be one try at a GPU: a kernel that does not fit it takes no other row with it, nor the file."""
+    mind_loss = gpu.mind_loss
+
+    def refused(*args: Any, **options: Any) -> Any:
+        if options["backend"] == "torch":
+            raise RuntimeError("out of resource: shared memory")
+        return mind_loss(*args, **options)
+
+    def waits(*args: Any, **options: Any) -> bool:
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    results = tmp_path / "new" / "gpu.json"
+    monkeypatch.setattr(gpu, "QUESTIONS", 2)
+    monkeypatch.setattr(gpu, "mind_loss", refused)
+    monkeypatch.setattr(gpu, "check_no_wait", waits)
+    monkeypatch.setattr(gpu, "check_kernels", lambda dry_run: 0.0)
+    monkeypatch.setattr(gpu, "PRUNED_HEADS", ())
+    monkeypatch.setattr("sys.argv", ["bench.gpu", "--dry-run", "--results", str(results)])
+    with pytest.raises(SystemExit, match="not everything could be measured"):
+        gpu.main()
+    (result,) = json.loads(results.read_text())["results"]
+    failed = [row for row in result["rows"] if "failed" in row]
+    assert len(failed) == 1 < len(result["rows"]) and "shared memory" in failed[0]["failed"]
+    assert not result["step_waits_for_nothing"] and "synchronizing" in result["waiting"]["failed"]
+    monkeypatch.setattr(gpu, "make_inputs", waits)
+    with pytest.raises(SystemExit, match="not everything could be measured"):
+        gpu.main()
+    assert "synchronizing" in json.loads(results.read_text())["results"][0]["failed"]
+    printed = capsys.readouterr()
+    assert "failed" in printed.out and "out of resource" in printed.err
 
 
 def test_no_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
