@@ -60,6 +60,7 @@ PRUNED_HEADS = ("qwen2.5-1.5b", "llama-3.1-8b", "dry-run")
 TOLERANCE = 2**-9
 PRUNED_TARGET, FROZEN_TARGET = 0.55, 0.6  # of three products, and of two
 SECONDS_PER_MEASUREMENT = 3.0
+MOST_TEST_PROCESSES = 8
 
 
 class Timing(NamedTuple):
@@ -379,11 +380,28 @@ def check_kernels(dry_run: bool) -> float:
     """Seconds that the kernels' tests took; a failure ends the program."""
     start = time.perf_counter()
     tests = ["test_triton.py"] if dry_run else ["test_triton.py", "test_triton_columns.py", "test_devices.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *(f"tests/mind_kernels/{name}" for name in tests)]
-    done = subprocess.run(command + (["-k", "cross_entropy_kernel and 41"] if dry_run else []))
-    if done.returncode:
-        raise SystemExit(f"bench.gpu: the kernels' tests failed with exit status {done.returncode}: no numbers")
+    arguments = [f"tests/mind_kernels/{name}" for name in tests]
+    arguments += ["-k", "cross_entropy_kernel and 41"] if dry_run else []
+    status = run_tests(arguments, max(1, min(MOST_TEST_PROCESSES, (os.cpu_count() or 1) // 2)))
+    if status:
+        raise SystemExit(f"bench.gpu: the kernels' tests failed with exit status {status}: no numbers")
     return time.perf_counter() - start
+
+
+def run_tests(arguments: list[str], processes: int) -> int:
+    """0, or the exit status of a pytest that failed.
+
+    Most of their time is that of a compiler: about 500 variants of kernels, half a second each. So they are dealt out.
+    """
+    pytest = [sys.executable, "-m", "pytest", "-q"]
+    listed = subprocess.run([*pytest, "--collect-only", *arguments], capture_output=True, text=True)
+    if listed.returncode:
+        print(listed.stdout, listed.stderr, file=sys.stderr)
+        return listed.returncode
+    names = [line for line in listed.stdout.splitlines() if "::" in line]
+    shares = [share for i in range(processes) if (share := names[i::processes])]
+    running = [subprocess.Popen([*pytest, "-x", *share]) for share in shares]
+    return max(process.wait() for process in running)
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -67,6 +67,20 @@ def test_what_fails_is_told_and_the_rest_goes_on(
     assert "failed" in printed.out and "out of resource" in printed.err
 
 
+def test_tests_are_dealt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pytest.ini").write_text("[pytest]\n")
+    code = "import os, pathlib, pytest\n@pytest.mark.parametrize('i', [0, 1, 'a b', 3, 4])\ndef test_one(i):\n"
+    for name, last in (("right", "True"), ("wrong", "i != 'a b'")):
+        body = f"    pathlib.Path(f'{name}-{{i}}').write_text(str(os.getpid()))\n    assert {last}\n"
+        Path(f"test_{name}.py").write_text(code + body)
+    assert gpu.run_tests(["test_right.py"], 2) == 0
+    ran = [path.read_text() for path in tmp_path.glob("right-*")]
+    assert len(ran) == 5 and len(set(ran)) == 2
+    assert gpu.run_tests(["test_wrong.py"], 3) == 1
+    assert gpu.run_tests(["test_missing.py"], 2) != 0
+
+
 def test_no_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["bench.gpu"])
