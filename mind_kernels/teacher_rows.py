@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mind_kernels.arguments import can_look
 from mind_kernels.chunking import Scratch
 from mind_kernels.divergences import (
     RowSoftmax,
@@ -45,25 +46,41 @@ def apply_head_(z: Tensor, logit_scale: float, logit_softcap: float | None) -> N
         z.mul_(logit_scale / logit_softcap).tanh_().mul_(logit_softcap)
 
 
+def padded_ids(token_ids: Tensor, padded: Tensor) -> tuple[Tensor, Tensor]:  # (m, k), (m, k) -> (m, k), (m, 1)
+    """int64 ids that can be gathered and put back, and where each row's first real one stands.
+
+    A padded id is the first real one's, which changes nothing; in a row of only padding it is 0, since to look up −1
+    would end all work on a GPU.
+    """
+    first = (~padded).to(torch.int8).argmax(-1, keepdim=True)
+    ids = torch.where(padded, token_ids.gather(-1, first), token_ids).long()
+    return ids.masked_fill_(padded.all(-1, keepdim=True), 0), first
+
+
 def topk_log_probs(
     teacher_log_probs: Tensor,  # (m, k) at temperature 1, −inf padded
     tail: str,
     temperature: float,
 ) -> Tensor:  # (m, k + 1) for a bucket, (m, k) renormalised
-    """The teacher's distribution over its support (and the tail bucket, log(1 − Σp)); padding becomes NEG."""
-    on_host = teacher_log_probs.device.type == "cpu"
+    """The teacher's distribution over its support (and the tail bucket, log(1 − Σp)); padding becomes NEG.
+
+    A row of only padding, or one whose probabilities sum to more than 1, is an error on the host and NaN where looking
+    would wait for the device.
+    """
+    on_host = can_look(teacher_log_probs)
     padded = torch.isneginf(teacher_log_probs)
     if on_host and bool(padded.all(-1).any()):
         raise ValueError("teacher.logprobs: given a row of only -inf, wanted at least one token in each")
     if tail == "renormalize":
-        return torch.log_softmax(teacher_log_probs / temperature, -1).masked_fill_(padded, NEG)
+        log_probs = torch.log_softmax(teacher_log_probs / temperature, -1)  # NaN in a row of only padding
+        return log_probs.masked_fill_(padded & ~padded.all(-1, keepdim=True), NEG)
     total = torch.logsumexp(teacher_log_probs, -1, keepdim=True)
     if on_host and bool((total > 0.01).any()):
         raise ValueError(
             f"teacher.logprobs: given a row whose probabilities sum to {float(total.max().exp()):.4f}, wanted at most 1"
         )
     rest = torch.log(-torch.expm1(total.clamp(max=0.0))).clamp_(min=NEG)  # log(1 − Σp), −inf where nothing is left
-    if not on_host:  # what is an error on the host is NaN where looking would wait for the device
+    if not on_host:
         rest.masked_fill_((total > 0.01) | torch.isneginf(total), torch.nan)
     return torch.cat([teacher_log_probs.masked_fill(padded, NEG), rest], -1)
 
@@ -84,9 +101,7 @@ def topk_divergence(
     p_tail is summed with the support taken out, since 1 − Σp loses all digits of a small tail.
     """
     padded = torch.isneginf(teacher_log_probs)
-    # A padded id points at its row's first real one: gathered and put back, it changes nothing.
-    first = (~padded).to(torch.int8).argmax(-1, keepdim=True)
-    ids = torch.where(padded, token_ids.gather(-1, first), token_ids).long()
+    ids, _ = padded_ids(token_ids, padded)
     log_teacher = topk_log_probs(teacher_log_probs, tail, options.temperature)
     z_support = z.gather(-1, ids)
     if tail == "renormalize":

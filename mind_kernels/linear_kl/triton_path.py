@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mind_kernels.cross_entropy.triton_path import PairGradient
 from mind_kernels.divergences import divergence_and_gradient
-from mind_kernels.teacher_rows import NEG, KLOptions, apply_head_, topk_log_probs
+from mind_kernels.teacher_rows import NEG, KLOptions, apply_head_, padded_ids, topk_log_probs
 from mind_kernels.triton_math import (
     LN2,
     LOG2E,
@@ -370,9 +370,8 @@ def topk_kl_(
     is_label_valid = (labels >= 0) & (labels < V)
     labels = torch.where(is_label_valid, labels, 0)
     padded = torch.isneginf(teacher_log_probs)
-    # A padded id points at its row's first real one: what is put back there is that one's.
-    first = (~padded).to(torch.int8).argmax(-1, keepdim=True)
-    ids = torch.where(padded, token_ids.gather(-1, first), token_ids).long()
+    ids, first = padded_ids(token_ids, padded)
+    log_teacher = topk_log_probs(teacher_log_probs, tail, options.temperature)
     z_listed, z_label = z.gather(-1, ids).float(), z.gather(-1, labels.unsqueeze(-1)).float()
     apply_head_(z_listed, logit_scale, logit_softcap)
     apply_head_(z_label, logit_scale, logit_softcap)
@@ -392,7 +391,6 @@ def topk_kl_(
     row_loss = torch.where(e_label == 1.0, torch.log1p(rest), lse - z_label).squeeze(-1)
     loss.copy_(row_loss.masked_fill(~is_label_valid, math.nan))
 
-    log_teacher = topk_log_probs(teacher_log_probs, tail, options.temperature)
     if tail == "renormalize":
         log_student = torch.log_softmax((z_listed / options.temperature).masked_fill(padded, NEG), -1)
         log_student.masked_fill_(padded, NEG)

@@ -467,6 +467,22 @@ def test_topk_tail_keeps_its_digits_when_the_student_is_sure() -> None:
     torch.testing.assert_close(z.grad.cpu(), torch.tensor([[0.1 - tail, -0.05 + tail / 2, -0.05 + tail / 2]]))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_a_teachers_row_of_only_padding(tail: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error on the host; NaN where looking would wait for the device, which an id of −1 must not reach."""
+    z = randn(2, 5).float().requires_grad_()
+    log_probs = torch.tensor([[-1.0, -2.0], [-math.inf, -math.inf]], device=DEVICE)
+    teacher = TeacherTopK(torch.tensor([[1, 2], [-1, -1]], device=DEVICE), log_probs, tail=tail)
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match=r"teacher.logprobs: given a row of only -inf"):
+            ta_weighted_kl(z, teacher, backend=backend)
+        monkeypatch.setattr("mind_kernels.teacher_rows.can_look", lambda tensor: False)
+    rationales = {"cu_seqlens": torch.arange(3, device=DEVICE)}
+    losses = ta_weighted_kl(z, teacher, torch.ones(2, device=DEVICE), **rationales, backend=backend)[1]
+    assert losses.isnan().tolist() == [False, True]
+
+
 def test_excluded_teacher_token_makes_reverse_infinite() -> None:
     z, t = randn(1, 5).float(), randn(1, 5, seed=1).float()
     t[0, 1] = -math.inf
