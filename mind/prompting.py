@@ -100,7 +100,8 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
         tail = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(probe)[2]
         for token_id in tokenizer(tail, add_special_tokens=False).input_ids:
             # The special tokens are exactly those that this kind of decoding drops; all_special_ids lacks some of them.
-            if tokenizer.decode([token_id], skip_special_tokens=True) == "":
+            # A sentencepiece "▁" alone is dropped by any decoding.
+            if tokenizer.decode([token_id], skip_special_tokens=True) == "" != tokenizer.decode([token_id]):
                 return token_id
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer has no EOS token and its chat template ends no turn, want one of the two")

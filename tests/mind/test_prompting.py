@@ -112,6 +112,17 @@ def test_chat_template_that_ends_no_turn_stops_at_eos():
     assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id
 
 
+def test_a_space_before_the_end_of_turn_is_not_the_end_of_turn():
+    """Llama 2's template puts one there, a token that decodes to nothing where nothing stands before it."""
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+    )
+    assert tokenizer.convert_ids_to_tokens(tokenizer(" <eos>", add_special_tokens=False).input_ids) == ["▁", "<eos>"]
+    assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id
+
+
 def test_special_tokens_in_data_are_text(tokenizer):
     ids = PromptFormat().rationale_ids(tokenizer, "stop<eos>here")
     assert tokenizer.eos_token_id not in ids
