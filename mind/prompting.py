@@ -111,11 +111,15 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def _continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a text that stands in the middle of a sequence: without the space sentencepiece puts before a text."""
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    if ids and tokenizer.convert_ids_to_tokens(ids)[0].startswith("▁") and not text.startswith(" "):
-        # After a line break no space is put; the ids of the line break alone are then cut off again.
-        anchor = tokenizer("\n", add_special_tokens=False, split_special_tokens=True).input_ids
-        ids = tokenizer("\n" + text, add_special_tokens=False, split_special_tokens=True).input_ids[len(anchor) :]
-    return ids
+    if not ids or not tokenizer.convert_ids_to_tokens(ids)[0].startswith("▁") or text.startswith(" "):
+        return ids
+    # Behind another text no space is put; the ids of that text alone are then cut off again, if nothing merged with it.
+    for before in ("\n", "?"):
+        anchor = tokenizer(before, add_special_tokens=False, split_special_tokens=True).input_ids
+        ids = tokenizer(before + text, add_special_tokens=False, split_special_tokens=True).input_ids
+        if ids[: len(anchor)] == anchor:
+            return ids[len(anchor) :]
+    raise ValueError(f"tokenizer merges {text!r} with a line break and with a question mark, want one that does not")
 
 
 def _up_to(line: str, closing: str) -> str:

@@ -41,11 +41,15 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
 
 
-def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
-    """As Llama 2's: a space before a text, a line break is a byte; closes a text with EOS too."""
+def sentencepiece_tokenizer(*line_breaks: str) -> PreTrainedTokenizerFast:
+    """As Llama 2's: a space before a text, a line break is a byte; closes a text with EOS too.
+
+    line_breaks: "\n" and "\n\n" for one that has tokens for them and merges two into one.
+    """
     pieces = sorted({*"▁abcdefghijklmnopqrstuvwxyzTOHBI0123456789.,?*=:\\{}QA", "▁T", "Th", "▁Th", "he", "The", "▁The"})
+    pieces += line_breaks
     vocab = {token: i for i, token in enumerate([*SPECIAL, *(f"<0x{i:02X}>" for i in range(256)), *pieces])}
-    merges = [("T", "h"), ("▁", "Th"), ("▁Th", "e"), ("Th", "e")]
+    merges = [("T", "h"), ("▁", "Th"), ("▁Th", "e"), ("Th", "e"), *([("\n", "\n")] if line_breaks else [])]
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence(
@@ -87,6 +91,13 @@ def test_suffix_has_no_dummy_space():
     assert tokenizer.convert_ids_to_tokens(PromptFormat("The {answer}").suffix_ids(tokenizer, "42"))[:2] == ["The", "▁"]
     assert tokenizer.convert_ids_to_tokens(PromptFormat().suffix_ids(tokenizer, "42"))[:2] == ["<0x0A>", "The"]
     assert tokenizer.convert_ids_to_tokens(PromptFormat(" The {answer}").suffix_ids(tokenizer, "4"))[0].startswith("▁")
+
+
+@pytest.mark.parametrize("suffix", ["\nThe {answer}", "\n\nThe {answer}", "The {answer}"])
+def test_suffix_keeps_its_line_breaks(suffix):
+    tokenizer = sentencepiece_tokenizer("\n", "\n\n")
+    tokens = tokenizer.convert_ids_to_tokens(PromptFormat(suffix).suffix_ids(tokenizer, "42"))
+    assert "".join(tokens) == suffix.replace("{answer}", "42").replace(" ", "▁") + "<eos>"
 
 
 @pytest.mark.parametrize(
