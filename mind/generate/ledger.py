@@ -96,8 +96,9 @@ class Ledger:
         line["topk"] = None if answer.topk is None else answer.topk.to_json()
         new = not self.path.exists()
         try:
-            with open(self.path, "ab", buffering=0) as file:
+            with open(self.path, "ab") as file:
                 file.write(json.dumps(line).encode() + b"\n")
+                file.flush()  # the whole line or an error: an unbuffered write may end early where the disk is full
                 os.fsync(file.fileno())
             if new:  # the file's name, too
                 folder = os.open(self.path.parent, os.O_RDONLY)

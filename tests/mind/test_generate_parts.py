@@ -151,6 +151,24 @@ def test_a_ledger_that_cannot_be_used(tmp_path: Path) -> None:
             pass
 
 
+def test_a_full_disk(tmp_path: Path) -> None:
+    """An answer that fits in part is an error, no answer, and asked again."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "a.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Ledger(path) as ledger:
+        ledger.append(answer(1)[0], "m", answer(1)[1])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, hard))
+        try:
+            with pytest.raises(GenerateError, match=r"a\.jsonl: cannot be written"):
+                ledger.append(answer(2)[0], "m", answer(2)[1])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert set(ledger.answers) == {answer(1)[0].key}
+    with Ledger(path) as ledger:
+        assert set(ledger.answers) == {answer(1)[0].key}
+
+
 def test_what_an_answer_depends_on() -> None:
     keys = {request_key({"model": m, "temperature": t}, p) for m in "ab" for t in (0.0, 0.5) for p in ("x", "y")}
     assert len(keys) == 8
