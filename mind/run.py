@@ -278,7 +278,7 @@ def _save_student(trainer: MindTrainer) -> None:
 
 
 def _print_report(config: MindConfig, metrics: dict[str, Any]) -> None:
-    console, folder = Console(), Path(config.output_dir)
+    console, folder = Console(markup=False, emoji=False), Path(config.output_dir)  # names may hold brackets
     console.print(table(metrics))
     phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in metrics["seconds"].items())
     console.print(f"{sum(metrics['seconds'].values()):.0f} s: {phases}")

@@ -50,7 +50,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         **{name: getattr(options, name) for name in _MEASURING},
     )
     write_evaluation(options.output, evaluation)
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names may hold brackets
     console.print(evaluation_table(evaluation))
     console.print(f"every answer: {options.output}", soft_wrap=True, highlight=False)
 
@@ -62,14 +62,14 @@ def _compare(options: argparse.Namespace) -> None:
     comparison = compare(*options.compare, seed=options.seed)
     if options.output is not None:
         write_whole(Path(options.output), json.dumps(comparison, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names may hold brackets
     console.print(comparison_table(comparison))
     for name, (a, b) in comparison["settings"].items():
-        console.print(f"made differently: {name}: A {a!r}, B {b!r}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"made differently: {name}: A {a!r}, B {b!r}", soft_wrap=True, highlight=False)
     for name in ("a", "b"):
         only = ", ".join(comparison[f"only_in_{name}"])
         if only:
-            console.print(f"only in {comparison[name]}: {only}", soft_wrap=True, highlight=False, markup=False)
+            console.print(f"only in {comparison[name]}: {only}", soft_wrap=True, highlight=False)
 
 
 def _parser() -> CommandParser:

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     from mind.report.page import write_report
 
     page = write_report(runs, output, _latent(options) if options.latent else None)
-    Console().print(f"report: {page}", soft_wrap=True, highlight=False, markup=False)
+    Console(markup=False, emoji=False).print(f"report: {page}", soft_wrap=True, highlight=False)
 
 
 def _latent(options: argparse.Namespace) -> LatentAnalysis:

@@ -241,6 +241,18 @@ def test_a_perspective_that_only_held_out_questions_have(inputs: Path, tmp_path:
     assert list(metrics["before"]["perspective_loss"]) == list(PERSPECTIVES)
 
 
+def test_names_that_hold_brackets(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table at the end shows them as they are, not as the terminal's markup."""
+    names = ("[step 1]", "[/x]", ":rocket:")
+    write_jsonl(tmp_path / "data.jsonl", raw_records(13, names))
+    output = tmp_path / "[/v1] :rocket:"
+    run(inputs, output, data=tmp_path / "data.jsonl", max_steps=1)
+    shown = capsys.readouterr().out
+    assert f"log        {output}/log.jsonl" in shown
+    for name in names:
+        assert f" {name} " in shown
+
+
 @pytest.mark.parametrize("use_lora", [False, True])
 def test_the_saved_student_loads_and_generates(use_lora: bool, inputs: Path, tmp_path: Path) -> None:
     run(inputs, tmp_path, max_steps=2, use_lora=use_lora, num_heldout=0)
