@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from mind.bootstrap import LEVEL, bootstrap_means, interval
@@ -59,6 +60,8 @@ def draw(folder: str | os.PathLike[str], history: Sequence[Mapping[str, Any]], p
 
 
 def png(figure: Figure, dpi: int = 130) -> bytes:
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a name may hold dollar signs
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")
     return buffer.getvalue()

@@ -188,6 +188,21 @@ def test_a_stopped_run_and_names_that_are_no_html(tmp_path: Path) -> None:
     assert len(Page(tmp_path / "report" / "report.html").images) == 1  # the accuracy before
 
 
+def test_names_with_dollar_signs_are_no_formulas(tmp_path: Path) -> None:
+    name = "$\\frac$"
+    measured = measurement([1, 0], **{name: 1.0}) | {"perspective_score": {name: 0.5}}
+    history = [
+        {"step": step, "cross_entropy": 1.0, "rank_correlation": -0.5}
+        | {f"perspective_{kind}/{name}": 0.5 for kind in ("loss", "score", "selected")}
+        for step in (1, 2)
+    ]
+    runs = [write_run(tmp_path / other, history, before=measured, after=measured) for other in (name, "b")]
+    for some in (runs, runs[:1]):
+        assert main(["report", *some, "--output", str(tmp_path / "report")]) == 0
+    pictures.draw(tmp_path, history, [name])
+    assert (tmp_path / pictures.PICTURE_FILE).exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input
 
