@@ -229,8 +229,6 @@ class MindConfig(TrainingArguments):
         ):
             given = getattr(self, name, None)  # not each is in the oldest
             self._want(name, given == value or not given, f"{value!r}: {reason}")
-        if self.share_prompt:
-            self._want("gradient_checkpointing", not self.gradient_checkpointing, "False with share_prompt")
         self._want("save_strategy", self.save_strategy != "best", "no, steps or epoch: nothing is evaluated in between")
         by_itself = getattr(self, "train_sampling_strategy", "random") in ("random", "sequential")  # not in the oldest
         self._want("train_sampling_strategy", by_itself, "random or sequential: a batch is made of questions")
@@ -248,6 +246,8 @@ class MindConfig(TrainingArguments):
                 stacklevel=3,
             )
         super().__post_init__()
+        if self.share_prompt:  # only now does it tell of its newer name, activation_checkpointing, too
+            self._want("gradient_checkpointing", not self.gradient_checkpointing, "False with share_prompt")
 
     def _want(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:

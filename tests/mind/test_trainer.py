@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import fields
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -858,7 +859,11 @@ def test_a_student_that_is_not_finite_from_the_start(tmp_path: Path) -> None:
         ("eval_strategy", "steps", "eval_strategy: given 'steps', want 'no': held-out accuracy is measured"),
         ("label_smoothing_factor", 0.1, "label_smoothing_factor: given 0.1, want 0.0: the fused loss"),
         ("remove_unused_columns", True, "remove_unused_columns: given True, want False"),
-        ("gradient_checkpointing", True, "gradient_checkpointing: given True, want False with share_prompt"),
+        *(
+            (field.name, True, "gradient_checkpointing: given True, want False with share_prompt")
+            for field in fields(MindConfig)
+            if field.name in ("gradient_checkpointing", "activation_checkpointing")  # its newer name
+        ),
         ("fsdp", "full_shard", "fsdp: given 'full_shard', want None: a rank measures rationales that others have not"),
         ("deepspeed", "zero3.json", "deepspeed: given 'zero3.json', want None: a rank measures rationales"),
     ],
