@@ -218,6 +218,7 @@ class MindConfig(TrainingArguments):
         # What the trainer does not do is refused, not ignored.
         for name, value, reason in (
             ("eval_strategy", "no", "held-out accuracy is measured by mind.evaluation"),
+            ("eval_on_start", False, "held-out accuracy is measured by mind.evaluation"),
             ("load_best_model_at_end", False, "held-out accuracy is measured by mind.evaluation"),
             ("label_smoothing_factor", 0.0, "the fused loss has no label smoothing"),
             ("auto_find_batch_size", False, "it starts training again after the assistant has moved"),

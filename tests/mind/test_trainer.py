@@ -857,6 +857,7 @@ def test_a_student_that_is_not_finite_from_the_start(tmp_path: Path) -> None:
         ("max_logits_bytes", 0, "max_logits_bytes: given 0, want a positive number"),
         ("lora_r", 0, "lora_r: given 0, want a positive number"),
         ("eval_strategy", "steps", "eval_strategy: given 'steps', want 'no': held-out accuracy is measured"),
+        ("eval_on_start", True, "eval_on_start: given True, want False: held-out accuracy is measured"),
         ("label_smoothing_factor", 0.1, "label_smoothing_factor: given 0.1, want 0.0: the fused loss"),
         ("remove_unused_columns", True, "remove_unused_columns: given True, want False"),
         *(
