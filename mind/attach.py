@@ -151,11 +151,15 @@ class MindAttachment:
         output = self.base(
             input_ids=prompts.prompt_ids, attention_mask=prompts.prompt_mask, position_ids=position_ids, use_cache=True
         )
-        cache = output.past_key_values
-        if cache is None or not hasattr(cache, "batch_select_indices"):
+        cache: Any = getattr(output, "past_key_values", None)
+        layers = getattr(cache, "layers", [])
+        # A state beside keys and values, as a convolution's, is not repeated with them.
+        unfit = [part for part in (cache, *layers) if not hasattr(part, "batch_select_indices")]
+        unfit += [layer for layer in layers if hasattr(layer, "update_conv_state")]
+        if unfit:
             raise ValueError(
-                f"shared_prompts: {type(self.base).__name__} gives {type(cache).__name__} for its keys and values "
-                "(none with gradient checkpointing), wanted a cache: read the prompts unshared"
+                f"shared_prompts: {type(self.base).__name__} gives {type(unfit[0]).__name__} for its keys and values "
+                "(none with gradient checkpointing), wanted a cache of them alone: read the prompts unshared"
             )
         cache.batch_select_indices(prompts.question_index)
         mask = torch.cat([prompts.prompt_mask[prompts.question_index], prompts.target_mask], dim=1)

@@ -683,6 +683,21 @@ def test_a_base_without_a_cache_is_refused() -> None:
         objective(model, share=True)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4),
+        transformers.Lfm2Config(**_SIZES | {"layer_types": ["conv", "full_attention"]}),
+        transformers.FalconH1Config(**_SIZES | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_base_with_another_state_than_keys_and_values_is_refused(config: transformers.PretrainedConfig) -> None:
+    attachment = attach_mind_loss(transformers.AutoModelForCausalLM.from_config(config))
+    with pytest.raises(ValueError, match=r"^shared_prompts: \w+Model gives \w+ for its keys and values"):
+        attachment.check_shared_prompts()
+
+
 def test_a_base_that_reads_another_thing_behind_its_cache_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     attachment = attach_mind_loss(build("llama"))
     attachment.check_shared_prompts()
