@@ -416,12 +416,14 @@ class MindTrainer(Trainer):
 
         dataset: default the training data. Forward-only, shared among the ranks.
         indices: (n,) int64, the questions to measure, NaN for the others; default all.
-        Raises: ValueError naming the questions whose loss is not finite.
+        Raises: ValueError naming the questions whose loss is not finite, or one that is longer than the student's
+            positions.
         """
         if self._student is None:
             with self._fused_loss():
                 return self.measure_losses(dataset, indices)
         dataset = self.train_dataset if dataset is None else dataset
+        _check_lengths(dataset, self.model)
         indices = torch.arange(len(dataset)) if indices is None else indices
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         batches = indices.split(self.args.per_device_train_batch_size)[rank::ranks]
@@ -595,6 +597,17 @@ def _check_dataset(dataset: MindDataset, args: MindConfig, model: PreTrainedMode
             raise ValueError(
                 f"train_dataset: token {largest} in question {question.id!r}, want tokens below the student's "
                 f"vocabulary of {vocab_size}: is this its tokenizer?"
+            )
+    _check_lengths(dataset, model)
+
+
+def _check_lengths(dataset: MindDataset, model: PreTrainedModel) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for question in dataset.questions:
+        if positions is not None and max(question.lengths) > positions:
+            raise ValueError(
+                f"question {question.id!r} takes {max(question.lengths)} tokens, want at most the student's "
+                f"{positions} positions: shorten it"
             )
 
 

@@ -913,6 +913,7 @@ def test_bf16_where_the_device_has_instructions_for_it(
         ({"teacher": "small"}, "teacher: given one with kl_weight = 0.0"),
         ({"teacher": "small", "kl_weight": 1.0}, "teacher: has 280 tokens in its vocabulary, want the student's 300"),
         ({"student": "small"}, "want tokens below the student's vocabulary of 200: is this its tokenizer?"),
+        ({"student": "short"}, "tokens, want at most the student's 64 positions: shorten it"),
         ({"dataset": "no features"}, "train_dataset: has no features"),
     ],
 )
@@ -920,12 +921,25 @@ def test_arguments_that_do_not_fit(changes: dict[str, Any], message: str, tmp_pa
     if "teacher" in changes:
         changes["teacher"] = tiny_student(vocab_size=280)
     if "student" in changes:
-        changes["student"] = tiny_student(vocab_size=200, eos_token_id=None, pad_token_id=None)
+        sizes = {
+            "small": {"vocab_size": 200, "eos_token_id": None, "pad_token_id": None},
+            "short": {"max_position_embeddings": 64},
+        }
+        changes["student"] = tiny_student(**sizes[changes["student"]])
     if "dataset" in changes:
         changes["dataset"] = MindDataset(load_records(raw_records(2)), tiny_tokenizer())
     with pytest.raises(ValueError) as error:
         make_trainer(tmp_path, **changes)
     assert message in str(error.value)
+
+
+def test_measured_questions_are_not_longer_than_the_students_positions(tmp_path: Path) -> None:
+    """Learned positions end there: an index error on a CPU, on a GPU one that ends the process."""
+    trainer = make_trainer(tmp_path)
+    record = raw_records(1)[0] | {"question": "Why? " * 100}
+    longer = MindDataset(load_records([record]), tiny_tokenizer(), perspectives=PERSPECTIVES)
+    with pytest.raises(ValueError, match=r"^question 'q0' takes \d+ tokens, want at most the student's 512 positions"):
+        trainer.measure_losses(longer)
 
 
 def test_types_that_do_not_fit(tmp_path: Path) -> None:
