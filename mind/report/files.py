@@ -62,6 +62,9 @@ def _read_run(folder: str, name: str) -> Run:
         # A run that was stopped has no "after".
         if not _is_measurement(metrics.get(when, metrics["before"]), like=metrics["before"]):
             raise ValueError(f"{path}: {when!r} is no measurement that mind train wrote")
+    seconds = metrics.get("seconds", {})
+    if not isinstance(seconds, dict) or not all(isinstance(value, int | float) for value in seconds.values()):
+        raise ValueError(f"{path}: 'seconds' is not what mind train wrote")
     return Run(name, metrics, read_log(folder))
 
 
@@ -140,7 +143,7 @@ def read_log(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
             raise ValueError(f"{path}:{number}: has no step, want a line that mind train logged")
         try:
             history.append({name: value if name == "step" else float(value) for name, value in entry.items()})
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path}:{number}: holds what is no number: {error}") from error
     return history
 

@@ -298,7 +298,7 @@ def colour_of(runs: Sequence[Run], run: Run) -> str:
 
 
 def _held_out(runs: Sequence[Run]) -> str:
-    return f" ({runs[0].metrics['measured_on']})" if len(runs) == 1 else ""
+    return f" ({runs[0].metrics.get('measured_on', '?')})" if len(runs) == 1 else ""
 
 
 def _tidy(axis: Axes) -> None:

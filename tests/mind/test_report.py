@@ -188,6 +188,13 @@ def test_a_stopped_run_and_names_that_are_no_html(tmp_path: Path) -> None:
     assert len(Page(tmp_path / "report" / "report.html").images) == 1  # the accuracy before
 
 
+def test_metrics_without_what_only_explains(tmp_path: Path) -> None:
+    history = [{"step": 1, "rank_correlation": -0.5}]
+    run = write_run(tmp_path / "run", history)
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps({"before": measurement(a=1.0)}))
+    assert main(["report", run]) == 0
+
+
 def test_names_with_dollar_signs_are_no_formulas(tmp_path: Path) -> None:
     name = "$\\frac$"
     measured = measurement([1, 0], **{name: 1.0}) | {"perspective_score": {name: 0.5}}
@@ -233,6 +240,8 @@ def changed(**parts: dict[str, Any]) -> str:
         ("metrics.json", changed(before={"perspective_loss": {"a": "x"}}), "metrics.json: 'before' is no measurement"),
         ("metrics.json", changed(after={"perspective_score": {"a": 1.0}}), "metrics.json: 'after' is no measurement"),
         ("metrics.json", changed(after=measurement([1])), "metrics.json: 'after' is no measurement"),
+        ("metrics.json", json.dumps({"before": measurement(), "seconds": 3}), "metrics.json: 'seconds' is not what"),
+        ("log.jsonl", '{"step": 1, "loss": ' + "9" * 400 + "}", "log.jsonl:1: holds what is no number"),
         ("log.jsonl", None, "log.jsonl: cannot be read: No such file or directory; want a run of mind train"),
         ("log.jsonl", '{"step": 1}\n{"ste', "log.jsonl:2: is not JSON: "),
         ("log.jsonl", '{"loss": 1}', "log.jsonl:1: has no step"),
