@@ -78,7 +78,8 @@ def load_student(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        # ImportError: of a quantised model, whose package is not installed.
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{role} {name!r} cannot be loaded: want {' or '.join(BUILTIN_STUDENTS)}, a Hugging Face causal LM folder "

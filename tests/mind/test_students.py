@@ -304,6 +304,16 @@ def test_damaged_folders(folder, tmp_path):
     assert "weights of BertLMHeadModel" in refused(tmp_path / "bert")
 
 
+def test_a_quantised_student_without_its_package(folder, monkeypatch):
+    def load(*args: object, **options: object) -> None:
+        raise ImportError("Loading a GPTQ quantized model requires optimum (`pip install optimum`)")
+
+    monkeypatch.setattr("mind.students.AutoModelForCausalLM.from_pretrained", load)
+    assert refused(folder).endswith(
+        "(ImportError: Loading a GPTQ quantized model requires optimum (`pip install optimum`))"
+    )
+
+
 def test_tokenizer_without_pad_and_eos(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.eos_token = None
