@@ -123,6 +123,8 @@ def _read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
                 row = json.loads(text, object_pairs_hook=_unique_fields)
             except json.JSONDecodeError as error:
                 raise DataError(f"{place}: malformed JSON at column {error.colno}: {error.msg}") from error
+            except (ValueError, RecursionError) as error:  # a number or a nesting beyond what Python reads
+                raise DataError(f"{place}: malformed JSON: {_one_line(error)}") from error
             except _RepeatedField as error:
                 raise DataError(f"{place}: {error.args[0]}: the field occurs twice in one object") from error
             yield place, row
@@ -204,7 +206,7 @@ def _record(row: Any, place: str, require_rationales: bool) -> Record:
     difficulty = row.get("difficulty")
     if difficulty is not None and (isinstance(difficulty, bool) or not isinstance(difficulty, int | float)):
         raise DataError(f"{place}: difficulty: want a number, got {_type(difficulty)}")
-    if difficulty is not None and not math.isfinite(difficulty):
+    if isinstance(difficulty, float) and not math.isfinite(difficulty):  # a whole number may be beyond any float
         raise DataError(f"{place}: difficulty: want a finite number, got {difficulty}")
     source = _text(row, "source", f"{place}: ") if row.get("source") is not None else None
     return Record(question_id, question, answer, tuple(rationales), difficulty, source)

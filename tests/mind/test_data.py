@@ -120,12 +120,18 @@ def test_an_equal_answer_may_be_written_otherwise() -> None:
     assert load_records([row])[0].rationales[0].answer == "0.5"
 
 
+def test_a_difficulty_beyond_any_float() -> None:
+    assert load_records([changed({"difficulty": 10**400})])[0].difficulty == 10**400
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b'{"id": "a"\n', "data.jsonl:1: malformed JSON at column"),
         (b"\xff\xfe{}\n", "data.jsonl:1: byte 0 is not UTF-8, want a UTF-8 file"),
         (b'{"id": "a", "id": "b"}\n', "data.jsonl:1: id: the field occurs twice in one object"),
+        (b'{"id": ' + b"9" * 5000 + b"}\n", "data.jsonl:1: malformed JSON: ValueError: "),
+        (b"[" * 100_000 + b"\n", "data.jsonl:1: malformed JSON: RecursionError: "),
         (b"", "data.jsonl: no records, want at least one"),
         (b"\n \n", "data.jsonl: no records, want at least one"),
     ],
