@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,8 +29,13 @@ def main(arguments: Sequence[str]) -> None:
     if options.output is not None:
         if os.path.exists(options.output):
             raise UsageError(f"--output: {options.output} exists already, want a new file")
-        if not os.path.isdir(os.path.dirname(options.output) or "."):
+        folder = os.path.dirname(options.output) or "."
+        if not os.path.isdir(folder):
             raise UsageError(f"--output: {options.output}: there is no such folder")
+        try:  # now, not when everything is measured
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UsageError(f"--output: {options.output}: cannot be written: {error.strerror}") from error
     if options.compare is None:
         _evaluate(options)
     else:

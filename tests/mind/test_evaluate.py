@@ -313,6 +313,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ({"student": None}, "--student is missing"),
         ({"output": None}, "--output is missing"),
         ({"output": "no/such/folder.json"}, "--output: no/such/folder.json: there is no such folder"),
+        ({"output": "/proc/result.json"}, "--output: /proc/result.json: "),  # a folder that nobody can write to
         ({"data": "no.jsonl"}, "no.jsonl: no such file or folder"),
         ({"data": None, "tasks": "gsm9k"}, "task 'gsm9k' is unknown, want gsm8k, svamp, math500, csqa"),
         ({"data": None, "tasks": "gsm8k=no.jsonl"}, "task gsm8k: no such file: no.jsonl"),
