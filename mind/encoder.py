@@ -143,7 +143,7 @@ class RationaleEncoder:
         question_length, rationale_length = (
             len(self._tokenize(text, add_special_tokens=False)["input_ids"]) for text in (question, rationale)
         )
-        count = math.ceil(rationale_length / (room - question_length))
+        count = max(1, math.ceil(rationale_length / (room - question_length)))  # of no tokens: of invisible characters
         share = math.ceil(rationale_length / count)
         windows = self._tokenize(
             question,

@@ -100,13 +100,14 @@ def test_long_rationale_is_the_average_of_its_windows(minilm):
 
 def test_long_question_keeps_its_end(minilm):
     question = " ".join(f"{i % 100}" for i in range(400))
-    short, long = (minilm._windows(question, text)["input_ids"] for text in ("1 2 3", "word " * 300))
-    for windows in (short, long):
+    texts = ("1 2 3", "word " * 300, "\u200b")  # the last has no tokens
+    short, long, none = (minilm._windows(question, text)["input_ids"] for text in texts)
+    for windows in (short, long, none):
         for window in windows:
             assert len(window) <= 256
             kept = minilm.tokenizer.decode(window[1 : window.index(102)]).split()
             assert kept == question.split()[-126:]  # (256 - 3) // 2 tokens
-    assert len(short) == 1 and len(long) == 3
+    assert len(short) == len(none) == 1 and len(long) == 3
     assert minilm.tokenizer.decode(short[0]).endswith("[SEP] 1 2 3 [SEP]")
 
 
