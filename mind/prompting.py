@@ -160,6 +160,7 @@ _FRAME = re.compile(
 _OPTION = re.compile(r"(?:(?:option|choice)\s+)?(?:\(([A-Z])\)|([A-Z])[).:])(?:\s.*)?", re.DOTALL)
 _OPTION_ALONE = re.compile(r"(?:(?:option|choice)\s+)?\(?([A-Z])\)?[.:]?", re.IGNORECASE)
 _COLON = re.compile(r"(\d+(?:\s*:\s*\d+)+)\s*([ap]\.?\s?m\.?)?", re.IGNORECASE)
+_EDGES = re.compile(r"""^(?:["'“”‘’,;:!?\s]|\.(?!\d))+|["'“”‘’.,;:!?\s]+$""")  # but for the period of .5
 _TRUTH = {"yes": True, "true": True, "no": False, "false": False}
 
 
@@ -220,7 +221,7 @@ def _clean(text: str) -> str:
 
 def _words(text: str) -> str:
     """Case-folded, single-spaced, without a leading article or outer quotes and punctuation."""
-    words = " ".join(text.casefold().split()).strip("\"'“”‘’.,;:!? ")
+    words = _EDGES.sub("", " ".join(text.casefold().split()))
     return re.sub(r"^(?:the|an|a) (?=.)", "", words)
 
 
