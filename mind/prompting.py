@@ -180,7 +180,8 @@ def answers_match(given: str | None, wanted: str) -> bool:
     given, wanted = _clean(given), _clean(wanted)
     if not given or not wanted:
         return False
-    if _words(given) == _words(wanted):
+    factorial = re.search(r"[\d)]!$", wanted) and not given.endswith("!")  # 5 is not 5!, but "5!" may exclaim
+    if _words(given) == _words(wanted) and not factorial:
         return True
     if max(len(given), len(wanted)) > MAX_EXPRESSION_LENGTH:
         return False
