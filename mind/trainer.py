@@ -243,7 +243,7 @@ class MindTrainer(Trainer):
     def _measure(self, questions: Sequence[EncodedQuestion], wanted: Tensor) -> Tensor:
         """The student's loss on the wanted rationales (B, K), fp32 nats per token, 0 elsewhere; forward-only.
 
-        The student is in eval mode, so no dropout disturbs what the assistant is told.
+        The student is in eval mode, so no dropout disturbs these losses, as it does those of a training pass.
         """
         if not bool(wanted.any()):
             return torch.zeros(wanted.shape, device=self.args.device)
