@@ -61,6 +61,8 @@ def _block_losses(
         z.scatter_(-1, labels.index, coefficient * torch.expm1(label_log_prob))
     if gradient_kl is not None and terms.kl is not None:
         coefficient = (terms.kl * options.kl.gradient_scale).unsqueeze(-1)
+        if options.kl.divergence == "reverse":  # which may be infinite, and 0·inf would be NaN
+            gradient_kl.masked_fill_(coefficient == 0, 0.0)
         z[:, : gradient_kl.shape[-1]].addcmul_(gradient_kl, coefficient)
     if gradient_pairs is not None:
         z.add_(gradient_pairs)

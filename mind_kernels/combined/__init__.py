@@ -25,6 +25,7 @@ from mind_kernels.arguments import (
 from mind_kernels.linear_sweep import linear_loss
 from mind_kernels.plan import SweepOptions
 from mind_kernels.pruning import GradientPruning, resolve_pruning
+from mind_kernels.reduction import weighted_sum
 from mind_kernels.teacher_rows import KLOptions
 from mind_kernels.teachers import Teacher
 
@@ -150,12 +151,12 @@ def mind_loss(
         backend=choose_backend(backend, hidden_states, num_compared),
     )
     losses = linear_loss(hidden_states, lm_head_weight, lm_head_bias, rationale_weights, options)
-    weights = rationale_weights.detach().to(losses.kl.dtype)
+    weights = rationale_weights.detach().reshape(-1).to(losses.kl.dtype)
     return MindLossOutput(
         losses.loss,
-        (weights * losses.cross_entropy).sum() / questions,
+        weighted_sum(weights, losses.cross_entropy.reshape(-1)) / questions,
         losses.consistency,
-        (weights * losses.kl).sum() / questions,
+        weighted_sum(weights, losses.kl.reshape(-1)) / questions,
         losses.cross_entropy,
     )
 

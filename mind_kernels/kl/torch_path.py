@@ -44,6 +44,8 @@ def torch_divergences(
             loss, grad = teacher_rows.divergence(z, start, stop, need_gradient, scratch)
             row_losses[chunk + start : chunk + stop] = loss
             if grad is not None and grad_logits is not None:
-                coefficient = reduce.weight[block] * options.kl.gradient_scale
-                grad_logits[block, : grad.shape[-1]] = grad.mul_(coefficient.unsqueeze(-1)).to(logits.dtype)
+                coefficient = (reduce.weight[block] * options.kl.gradient_scale).unsqueeze(-1)
+                if options.kl.divergence == "reverse":  # which may be infinite, and 0·inf would be NaN
+                    grad.masked_fill_(coefficient == 0, 0.0)
+                grad_logits[block, : grad.shape[-1]] = grad.mul_(coefficient).to(logits.dtype)
     return reduce(row_losses, rows), grad_logits

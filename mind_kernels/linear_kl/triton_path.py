@@ -189,8 +189,8 @@ def dense_kl_kernel(
                 b_p_s = tl.exp2(b_log_s)
                 if DIVERGENCE == "forward":
                     b_d = b_p_s - tl.exp2(b_log_t)
-                elif DIVERGENCE == "reverse":
-                    b_d = b_p_s * (b_log_s - b_log_t - divergence)
+                elif DIVERGENCE == "reverse":  # which may be infinite, and 0·inf would be NaN
+                    b_d = tl.where(kl_coefficient == 0.0, 0.0, b_p_s * (b_log_s - b_log_t - divergence))
                 else:
                     b_ratio = log_student_over_mixture(b_log_t, b_log_s, log_odds_beta, log_one_minus_beta)
                     b_d = (1.0 - beta) * b_p_s * (b_ratio - kl_s)

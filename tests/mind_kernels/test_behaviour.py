@@ -556,6 +556,32 @@ def test_an_infinite_divergence_of_weight_0_adds_nothing() -> None:
     assert losses[1] == math.inf
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_nor_does_it_to_a_gradient_or_to_what_mind_loss_tells(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(shape, generator=generator) for shape in ((1, 2, 2, 3), (7, 3)))
+    teacher = torch.randn(1, 2, 2, 7, generator=generator)
+    teacher[0, 1, :, 1] = -torch.inf
+    alpha = torch.tensor([[1.0, 0.0]])
+    logits = (hidden @ weight.T).requires_grad_()
+    options = {"divergence": "reverse", "backend": backend}
+    ta_weighted_kl(logits, TeacherLogits(teacher), alpha, **options)[0].backward()
+    wanted = logits.detach()[:, :1].clone().requires_grad_()
+    ta_weighted_kl(wanted, TeacherLogits(teacher[:, :1]), alpha[:, :1], **options)[0].backward()
+    torch.testing.assert_close(logits.grad[:, :1], wanted.grad)
+    assert not logits.grad[:, 1].any()
+
+    # The rows of an answer go through backward for the weights' gradient, also with weight 0.
+    hidden.requires_grad_()
+    output = mind_loss(
+        hidden, weight, torch.zeros(1, 2, 2, dtype=torch.int64), rationale_weights=alpha.clone().requires_grad_(),
+        answer_index=torch.tensor([[[1], [3]]]), teacher=TeacherLogits(teacher), kl_weight=0.5, **options,
+    )  # fmt: skip
+    output.loss.backward()
+    torch.testing.assert_close(output.loss.detach(), output.cross_entropy + 0.5 * output.kl)
+    assert torch.isfinite(output.kl) and torch.isfinite(hidden.grad).all()
+
+
 def test_topk_of_the_whole_vocabulary_is_the_dense_teacher() -> None:
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(4, 9, generator=generator, dtype=torch.float64, requires_grad=True)
