@@ -79,6 +79,11 @@ def _unpack(kind: Any, tensors: Sequence[Tensor | None], plain: dict[str, Any]) 
     return kind(**values)
 
 
+def _scale_like(loss: Tensor, scale: float | Tensor) -> Tensor:
+    """A result of its own. A number is not copied to the device, which would wait: it is written there."""
+    return scale.to(loss.dtype, copy=True) if isinstance(scale, Tensor) else loss.new_full((), scale)
+
+
 def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
     """An operator returns a tensor in each place."""
     return like.new_empty(0) if gradient is None else gradient
@@ -114,11 +119,9 @@ def _linear_loss(
         check_answer_index(options.answer_index, rationale_weights, len(hidden_states))
     inputs = hidden_states, lm_head_weight, lm_head_bias, rationale_weights
     losses, result, grad_weights = linear_loss_and_gradients(*inputs, options, compute_dtype, list(needs))
-    scale = result.gradient_scale  # a number is not copied to the device, which would wait: it is written there
-    scale = scale.clone() if isinstance(scale, Tensor) else losses.loss.new_full((), scale)
     return (  # type: ignore[return-value]
         *(tensor.clone() for tensor in losses),  # an operator's results share no memory
-        scale,
+        _scale_like(losses.loss, result.gradient_scale),
         _or_empty(result.grad_hidden_states, hidden_states),
         _or_empty(result.grad_lm_head_weight, lm_head_weight),
         _or_empty(result.grad_lm_head_bias, hidden_states),
@@ -200,10 +203,10 @@ def _kl_loss(
     option_tensors: Sequence[Tensor | None],
     settings: str,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = replace(_unpack(KLCall, option_tensors, json.loads(settings)), grad_enabled=needs[0])
-    loss, losses, grad_logits = kl_loss_and_gradients(logits, rationale_weights, options, needs[0])
-    return loss, losses.clone(), _or_empty(grad_logits, logits)
+    loss, losses, grad_logits, scale = kl_loss_and_gradients(logits, rationale_weights, options, needs[0])
+    return loss, losses.clone(), _scale_like(loss, scale), _or_empty(grad_logits, logits)
 
 
 @_kl_loss.register_fake
@@ -213,10 +216,11 @@ def _(
     option_tensors: Sequence[Tensor | None],
     settings: str,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stats = statistics_dtype(logits.dtype)
+    loss, scale = logits.new_empty((), dtype=stats), logits.new_empty((), dtype=stats)
     losses = logits.new_empty(rationale_weights.numel(), dtype=stats)
-    return logits.new_empty((), dtype=stats), losses, logits.new_empty(logits.shape if needs[0] else (0,))
+    return loss, losses, scale, logits.new_empty(logits.shape if needs[0] else (0,))
 
 
 def _kl_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -226,8 +230,8 @@ def _kl_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
 
 
 def _kl_backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
-    weights, losses, grad_logits = ctx.saved_tensors
-    (for_logits,) = _scaled([grad_logits], grad_loss, ctx.needs[:1])
+    weights, losses, scale, grad_logits = ctx.saved_tensors
+    (for_logits,) = _scaled([grad_logits], grad_loss * scale, ctx.needs[:1])
     for_weights = (grad_loss * losses).reshape(weights.shape).to(weights.dtype) if ctx.needs[1] else None
     return for_logits, for_weights, ctx.no_gradients, None, None
 
@@ -239,5 +243,5 @@ def compiled_kl_loss(logits: Tensor, rationale_weights: Tensor, options: KLCall)
     """weighted_kl as one operator."""
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (logits, rationale_weights)]
     tensors, plain = _pack(options)
-    loss, losses, _ = _kl_loss(logits, rationale_weights, tensors, _as_json(plain), needs)
+    loss, losses, *_ = _kl_loss(logits, rationale_weights, tensors, _as_json(plain), needs)
     return loss, losses.detach().reshape(options.rationales.losses_shape)

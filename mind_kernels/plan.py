@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mind_kernels.chunking import Rows, order_rows, to_device
 from mind_kernels.pruning import GradientPruning
-from mind_kernels.reduction import RationaleReduction
+from mind_kernels.reduction import RationaleReduction, fp16_scale
 from mind_kernels.teacher_rows import KLOptions
 from mind_kernels.teachers import Teacher
 
@@ -150,12 +150,8 @@ def make_plan(
         cross_entropy = options.cross_entropy_weight * row_weight
         kl = options.kl_weight * row_weight if options.teacher is not None else None
 
-    # fp16 has no room for coefficients of 1/N: they are divided by the largest, which backward multiplies in.
-    gradient_scale: float | Tensor = 1.0
-    if compute_dtype == torch.float16 and len(rows.order) > 0:
-        coefficients = [c for c in (cross_entropy, kl, pair_weights) if c is not None]
-        largest = torch.stack([c.abs().amax() for c in coefficients]).amax()
-        gradient_scale = torch.where(largest > 0, largest, 1.0)
+    gradient_scale = fp16_scale([c for c in (cross_entropy, kl, pair_weights) if c is not None], compute_dtype)
+    if not isinstance(gradient_scale, float):
         cross_entropy = cross_entropy / gradient_scale
         kl = None if kl is None else kl / gradient_scale
         pair_weights = None if pair_weights is None else pair_weights / gradient_scale

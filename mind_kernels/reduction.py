@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,18 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 def weighted_sum(weights: Tensor, losses: Tensor) -> Tensor:  # (R,), (R,) -> ()
     """Σ_r w_r·L_r with 0·inf = 0: a deselected rationale adds nothing, however far the teacher is."""
     return weights.dot(losses.masked_fill((weights == 0) & losses.isinf(), 0.0))
+
+
+def fp16_scale(coefficients: Sequence[Tensor], dtype: torch.dtype) -> float | Tensor:
+    """What the coefficients of a gradient of this dtype are divided by, and `backward` multiplies in: 1 but for fp16.
+
+    That has no room for coefficients of 1/N: they are divided by the largest.
+    """
+    coefficients = [c for c in coefficients if c.numel()]
+    if dtype != torch.float16 or not coefficients:
+        return 1.0
+    largest = torch.stack([c.abs().amax() for c in coefficients]).amax()
+    return torch.where(largest > 0, largest, 1.0)
 
 
 def multiply_(gradient: Tensor, factor: Tensor, backend: str) -> None:

@@ -20,7 +20,7 @@ def _divergences(
     rationale_weights: Tensor,
     options: KLCall,
     need_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:  # per rationale (R,), and ∂loss/∂logits (N, V)
+) -> tuple[Tensor, Tensor | None, float | Tensor]:  # per rationale (R,), ∂loss/∂logits (N, V) / scale, scale
     if options.backend == "triton":
         from mind_kernels.kl.triton_path import triton_divergences
 
@@ -31,9 +31,9 @@ def _divergences(
 
 def kl_loss_and_gradients(
     logits: Tensor, rationale_weights: Tensor, options: KLCall, need_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:  # Σ_r w_r·D_r, D (R,), ∂loss/∂logits (N, V)
-    losses, grad_logits = _divergences(logits, rationale_weights, options, need_gradient)
-    return weighted_sum(rationale_weights.reshape(-1).to(losses.dtype), losses), losses, grad_logits
+) -> tuple[Tensor, Tensor, Tensor | None, float | Tensor]:  # Σ_r w_r·D_r, D (R,), ∂loss/∂logits (N, V) / scale, scale
+    losses, grad_logits, scale = _divergences(logits, rationale_weights, options, need_gradient)
+    return weighted_sum(rationale_weights.reshape(-1).to(losses.dtype), losses), losses, grad_logits, scale
 
 
 class _TAWeightedKL(torch.autograd.Function):
@@ -43,7 +43,7 @@ class _TAWeightedKL(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, rationale_weights: Tensor, options: KLCall) -> tuple[Tensor, Tensor]:
         ctx.options = options
         need_gradient = options.grad_enabled and ctx.needs_input_grad[0]
-        loss, losses, ctx.grad_logits = kl_loss_and_gradients(logits, rationale_weights, options, need_gradient)
+        loss, losses, *ctx.gradient = kl_loss_and_gradients(logits, rationale_weights, options, need_gradient)
         ctx.save_for_backward(logits, rationale_weights, losses)
         rationale_losses = losses.reshape(options.rationales.losses_shape)
         ctx.mark_non_differentiable(rationale_losses)
@@ -53,13 +53,13 @@ class _TAWeightedKL(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         refuse_second_derivative()
         logits, rationale_weights, losses = ctx.saved_tensors
-        grad_logits, ctx.grad_logits = ctx.grad_logits, None
+        (grad_logits, scale), ctx.gradient = ctx.gradient, (None, 1.0)
         grad_weights = None
         if ctx.needs_input_grad[0]:
             if grad_logits is None:
-                _, grad_logits = _divergences(logits, rationale_weights, ctx.options, True)
+                _, grad_logits, scale = _divergences(logits, rationale_weights, ctx.options, True)
             assert grad_logits is not None
-            multiply_(grad_logits, grad_loss, ctx.options.backend)
+            multiply_(grad_logits, grad_loss * scale, ctx.options.backend)
         if ctx.needs_input_grad[1]:
             grad_weights = (grad_loss * losses).reshape(rationale_weights.shape).to(rationale_weights.dtype)
         return grad_logits, grad_weights, None

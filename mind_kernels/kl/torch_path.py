@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mind_kernels.chunking import Scratch, block_rows
 from mind_kernels.kl.call import KLCall, teacher_chunk_rows
-from mind_kernels.reduction import RationaleReduction, statistics_dtype
+from mind_kernels.reduction import RationaleReduction, fp16_scale, statistics_dtype
 from mind_kernels.teacher_rows import TeacherRows
 from mind_kernels.teachers import TeacherHidden
 
@@ -17,12 +17,14 @@ def torch_divergences(
     rationale_weights: Tensor,
     options: KLCall,
     need_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:  # per rationale (R,), and ∂loss/∂logits (N, V)
+) -> tuple[Tensor, Tensor | None, float | Tensor]:  # per rationale (R,), ∂loss/∂logits (N, V) / scale, scale
     """Rows of weight 0 get their loss but no gradient; rows that are not supervised are never read."""
     V, teacher = logits.shape[-1], options.teacher
     stats = statistics_dtype(logits.dtype)
     weights = rationale_weights.reshape(-1).to(stats)
     reduce = RationaleReduction(weights, options.rationales.rationale_id, options.supervised, options.reduction)
+    scale = fp16_scale([reduce.weight], logits.dtype)
+    coefficients = reduce.weight * options.kl.gradient_scale / scale
     rows = options.rows
     row_losses = torch.empty(len(rows), dtype=stats, device=logits.device)
     grad_logits = torch.zeros_like(logits, memory_format=torch.contiguous_format) if need_gradient else None
@@ -44,8 +46,8 @@ def torch_divergences(
             loss, grad = teacher_rows.divergence(z, start, stop, need_gradient, scratch)
             row_losses[chunk + start : chunk + stop] = loss
             if grad is not None and grad_logits is not None:
-                coefficient = (reduce.weight[block] * options.kl.gradient_scale).unsqueeze(-1)
+                coefficient = coefficients[block].unsqueeze(-1)
                 if options.kl.divergence == "reverse":  # which may be infinite, and 0·inf would be NaN
                     grad.masked_fill_(coefficient == 0, 0.0)
                 grad_logits[block, : grad.shape[-1]] = grad.mul_(coefficient).to(logits.dtype)
-    return reduce(row_losses, rows), grad_logits
+    return reduce(row_losses, rows), grad_logits, scale

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mind_kernels.kl.call import KLCall, teacher_chunk_rows
 from mind_kernels.linear_kl.triton_path import dense_kl_, topk_kl_
-from mind_kernels.reduction import RationaleReduction
+from mind_kernels.reduction import RationaleReduction, fp16_scale
 from mind_kernels.teacher_rows import TeacherRows
 from mind_kernels.teachers import TeacherHidden, TeacherTopK
 
@@ -20,14 +20,15 @@ def triton_divergences(
     rationale_weights: Tensor,
     options: KLCall,
     need_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:  # per rationale (R,), and ∂loss/∂logits (N, V)
+) -> tuple[Tensor, Tensor | None, float | Tensor]:  # per rationale (R,), ∂loss/∂logits (N, V) / scale, scale
     """The gradient is written over a copy of the logits that becomes the result. Rows not supervised are 0."""
     V, teacher, device = logits.shape[-1], options.teacher, logits.device
     weights = rationale_weights.reshape(-1).float()
     reduce = RationaleReduction(weights, options.rationales.rationale_id, options.supervised, options.reduction)
     rows = options.rows
     row_losses = torch.empty(len(rows), dtype=torch.float32, device=device)
-    coefficients = reduce.weight[rows]
+    gradient_scale = fp16_scale([reduce.weight], logits.dtype)
+    coefficients = reduce.weight[rows] / gradient_scale
     logits = logits.contiguous()
     grad_logits = torch.where(options.supervised.unsqueeze(1), logits, 0) if need_gradient else None
     z = logits if grad_logits is None else grad_logits
@@ -55,7 +56,7 @@ def triton_divergences(
             )
             if grad_logits is not None:
                 grad_logits[index] = z_copy
-        return reduce(row_losses, rows), grad_logits
+        return reduce(row_losses, rows), grad_logits, gradient_scale
 
     chunk_rows, buffer = max(len(rows), 1), None
     scale, softcap = 1.0, None
@@ -83,4 +84,4 @@ def triton_divergences(
             teacher_softcap=softcap,
             needs_gradient=need_gradient,
         )
-    return reduce(row_losses, rows), grad_logits
+    return reduce(row_losses, rows), grad_logits, gradient_scale

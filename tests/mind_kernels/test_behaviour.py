@@ -407,6 +407,28 @@ def test_fp16_keeps_small_gradients_under_a_loss_scale() -> None:
     assert relative_error(gradient, wanted) < 2e-3
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_fp16_logits_keep_small_gradients_under_a_loss_scale(backend: str, compiled: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = (torch.randn(1, 2, 4, 64, generator=generator).half() for _ in range(2))
+    weights = torch.full((1, 2), 1e-6)
+
+    def function(z):
+        return ta_weighted_kl(z, TeacherLogits(teacher.to(z.dtype)), weights, backend=backend)[0] * 2.0**16
+
+    exact = logits.double().requires_grad_()
+    (wanted,) = torch.autograd.grad(ta_weighted_kl(exact, TeacherLogits(teacher.double()), weights)[0] * 2.0**16, exact)
+    if compiled:
+        torch._dynamo.reset()
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    logits.requires_grad_()
+    loss = function(logits)
+    for _ in range(1 if compiled else 2):
+        (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        assert relative_error(gradient, wanted) < 2e-3
+
+
 def test_confident_student_keeps_the_digits_of_its_gradient() -> None:
     # p_y − 1 ≈ −1e-6: formed by subtraction from a bf16 or fp32 probability nothing would be left.
     hidden = torch.tensor([[14.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
