@@ -87,7 +87,7 @@ def order_rows(
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + size)
-    grouped = torch.cat(list(groups)) if groups else torch.empty(0, dtype=torch.int64)
+    grouped = torch.cat(list(groups)) if groups else torch.empty(0, dtype=torch.int64, device="cpu")
     grouped = to_device(grouped, is_supervised.device)
     rest = is_supervised.clone()
     rest[grouped] = False

@@ -136,7 +136,7 @@ def make_plan(
         alpha = weights.view(options.answer_index.shape[:2])
         groups = _answer_groups(options.answer_index, alpha, need_grad_rationale_weights)
         # ∂loss/∂JSD_ij at one position: consistency_weight·α_i α_j / (A·num_questions)
-        num_positions = torch.tensor(groups.num_positions, dtype=alpha.dtype).clamp_(min=1)
+        num_positions = torch.tensor(groups.num_positions, dtype=alpha.dtype, device="cpu").clamp_(min=1)
         positions = to_device(num_positions, device).view(-1, 1, 1)
         scale = options.consistency_weight / options.num_questions
         pair_weights = scale * alpha.unsqueeze(2) * alpha.unsqueeze(1) / positions

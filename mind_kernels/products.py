@@ -56,7 +56,7 @@ def _product_of_widened(left: Tensor, right: Tensor, out: Tensor, add: bool) -> 
     """The longest of the three dimensions tile by tile."""
     (a, b), c = left.shape, right.shape[1]
     if b >= max(a, c):  # a sum over tiles
-        total = out.float() if add else torch.zeros(a, c)
+        total = out.float() if add else torch.zeros(a, c, dtype=torch.float32, device="cpu")
         for i in range(0, b, CPU_TILE):
             total.addmm_(left[:, i : i + CPU_TILE].float(), right[i : i + CPU_TILE].float())
         return out.copy_(total)

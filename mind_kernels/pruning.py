@@ -230,9 +230,9 @@ def _column_sums(G: Tensor) -> tuple[Tensor, Tensor]:
     if G.device.type != "cpu":
         return torch.linalg.vector_norm(G, dim=0, dtype=dtype).square_(), G.sum(0, dtype=dtype)
     # A CPU's reduction over the first axis goes through memory for each row; a product with a row of ones does not.
-    square, mass = torch.zeros(2, 1, V, dtype=dtype)
-    ones = torch.ones(1, min(TILE_ROWS, m), dtype=dtype)
-    squares = torch.empty(TILE_ROWS, min(TILE_COLUMNS, V), dtype=dtype)
+    square, mass = torch.zeros(2, 1, V, dtype=dtype, device=G.device)
+    ones = torch.ones(1, min(TILE_ROWS, m), dtype=dtype, device=G.device)
+    squares = torch.empty(TILE_ROWS, min(TILE_COLUMNS, V), dtype=dtype, device=G.device)
     for n in range(0, m, TILE_ROWS):
         for v in range(0, V, TILE_COLUMNS):
             tile = G[n : n + TILE_ROWS, v : v + TILE_COLUMNS].to(dtype)

@@ -31,13 +31,14 @@ class TritonRows:
         groups, offsets, device = self.plan.groups, self.plan.rows.group_offsets, pair_weights.device
         K = pair_weights.shape[1]
         K_filled = max(2, 1 << (K - 1).bit_length())
-        table = torch.full((len(groups.rows), K_filled), -1)  # on the host, as the groups are
+        host = torch.device("cpu")  # where the groups are, whatever the default device
+        table = torch.full((len(groups.rows), K_filled), -1, device=host)
         for g, members in enumerate(groups.members):
-            table[g, members] = torch.arange(offsets[g], offsets[g + 1])
+            table[g, members] = torch.arange(offsets[g], offsets[g + 1], device=host)
         entries = torch.cat([g * K_filled + members for g, members in enumerate(groups.members)] or [table.view(-1)])
-        share = torch.tensor([1 / groups.num_positions[b] for b in groups.question])
+        share = torch.tensor([1 / groups.num_positions[b] for b in groups.question], device=host)
         self.table, self.entries = to_device(table, device), to_device(entries, device)
-        self.questions = to_device(torch.tensor(groups.question, dtype=torch.int64), device)
+        self.questions = to_device(torch.tensor(groups.question, dtype=torch.int64, device=host), device)
         self.share = to_device(share, device)
         self.pair_weights = F.pad(pair_weights, (0, K_filled - K) * 2).contiguous()
 

@@ -67,7 +67,7 @@ def ta_weighted_kl(
     check_teacher(teacher, rows_shape, V, student_logits.device, temperature)
     if shift_labels is None:  # all rows, as the host then knows
         shift_labels = torch.zeros(rows_shape, dtype=torch.int64, device=student_logits.device)
-        supervised_index = torch.arange(rows_shape.numel())
+        supervised_index = torch.arange(rows_shape.numel(), device="cpu")
     check_labels(shift_labels, rows_shape, V, ignore_index, student_logits.device)
     check_supervised_index(supervised_index, shift_labels, ignore_index)
     rationales = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, student_logits.device)

@@ -213,6 +213,29 @@ def test_supervised_index_changes_no_result() -> None:
         fused_linear_cross_entropy(*arguments, supervised_index=supervised(case)[None])
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_default_device_changes_nothing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.set_default_device is for tensors that name none: what the host keeps for itself must name its own."""
+    case = random_case(2, 3, 6, 8, 40, 2).to(torch.float32)
+    x, w, labels = case.hidden_states, case.lm_head_weight, case.shift_labels
+    teacher = random_teacher("logits", case)
+
+    def step() -> list[Tensor]:
+        whole = mind_loss(x, w, labels, rationale_weights=case.rationale_weights, answer_index=case.answer_index,
+                          consistency_weight=3.0, gradient_tolerance=0.01, backend=backend)  # fmt: skip
+        plain, _ = fused_linear_cross_entropy(x, w, labels, backend=backend)
+        on_logits, _ = ta_weighted_kl(x @ w.t(), teacher, backend=backend)
+        return [whole.loss, plain, on_logits, *torch.autograd.grad(whole.loss + plain + on_logits, (x, w))]
+
+    wanted = step()
+    for computes in (True, False):
+        monkeypatch.setattr(products, "cpu_computes", lambda dtype, computes=computes: computes)
+        with torch.device("meta"):
+            given = step()
+        for one, other in zip(given, wanted, strict=True):
+            torch.testing.assert_close(one, other)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # torch.compile
 
