@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mind_kernels.reduction import statistics_dtype
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot in PyTorch 2.11
 BACKENDS = ("auto", "torch", "triton")
 MAX_PERSPECTIVES = 8  # that the Triton kernel of the pairs compares: 16 rows and their sums spill
@@ -281,9 +283,13 @@ class Rationales(NamedTuple):
 
 
 def resolve_rationales(
-    rows_shape: torch.Size, cu_seqlens: Tensor | None, rationale_weights: Tensor | None, device: torch.device
+    rows_shape: torch.Size, cu_seqlens: Tensor | None, rationale_weights: Tensor | None, rows: Tensor
 ) -> Rationales:
-    """Which rationale each row belongs to: cu_seqlens in the packed layout, the leading axes in the padded one."""
+    """Which rationale each row belongs to: cu_seqlens in the packed layout, the leading axes in the padded one.
+
+    rows: hidden states or logits, for their device and dtype.
+    """
+    device = rows.device
     if rationale_weights is not None:
         check_floating("rationale_weights", rationale_weights)
         check_device("rationale_weights", rationale_weights, device)
@@ -297,7 +303,7 @@ def resolve_rationales(
                 f"wanted {tuple(lead)}, the leading axes of hidden_states",
             )
         return Rationales(
-            torch.arange(R, device=device).repeat_interleave(T), _weights_or_mean(rationale_weights, lead, device), lead
+            torch.arange(R, device=device).repeat_interleave(T), _weights_or_mean(rationale_weights, lead, rows), lead
         )
 
     check_integer("cu_seqlens", cu_seqlens)
@@ -324,13 +330,13 @@ def resolve_rationales(
         )
     shape = torch.Size((R,)) if rationale_weights is None else rationale_weights.shape
     rationale_id = torch.arange(R, device=device).repeat_interleave(lengths, output_size=N)
-    return Rationales(rationale_id, _weights_or_mean(rationale_weights, shape, device), shape)
+    return Rationales(rationale_id, _weights_or_mean(rationale_weights, shape, rows), shape)
 
 
-def _weights_or_mean(rationale_weights: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
+def _weights_or_mean(rationale_weights: Tensor | None, shape: torch.Size, rows: Tensor) -> Tensor:
     if rationale_weights is not None:
         return rationale_weights
-    return torch.full(shape, 1 / max(math.prod(shape), 1), device=device)
+    return torch.full(shape, 1 / max(math.prod(shape), 1), dtype=statistics_dtype(rows.dtype), device=rows.device)
 
 
 def check_question_weights(rationale_weights: Tensor) -> None:

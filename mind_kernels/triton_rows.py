@@ -36,7 +36,7 @@ class TritonRows:
         for g, members in enumerate(groups.members):
             table[g, members] = torch.arange(offsets[g], offsets[g + 1], device=host)
         entries = torch.cat([g * K_filled + members for g, members in enumerate(groups.members)] or [table.view(-1)])
-        share = torch.tensor([1 / groups.num_positions[b] for b in groups.question], device=host)
+        share = torch.tensor([1 / groups.num_positions[b] for b in groups.question], dtype=torch.float32, device=host)
         self.table, self.entries = to_device(table, device), to_device(entries, device)
         self.questions = to_device(torch.tensor(groups.question, dtype=torch.int64, device=host), device)
         self.share = to_device(share, device)

@@ -122,7 +122,7 @@ def mind_loss(
     V = lm_head_weight.shape[0]
     check_labels(shift_labels, rows_shape, V, ignore_index, hidden_states.device)
     check_supervised_index(supervised_index, shift_labels, ignore_index)
-    rationales = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, hidden_states.device)
+    rationales = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, hidden_states)
     if answer_index is not None:
         check_answer_index(answer_index, rationale_weights, rows_shape.numel())
     require(teacher is not None or kl_weight == 0, f"teacher: given None with kl_weight {kl_weight}, wanted a teacher")

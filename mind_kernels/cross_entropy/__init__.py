@@ -85,7 +85,7 @@ def fused_linear_cross_entropy(
     rows_shape = hidden_states.shape[:-1]
     check_labels(shift_labels, rows_shape, lm_head_weight.shape[0], ignore_index, hidden_states.device)
     check_supervised_index(supervised_index, shift_labels, ignore_index)
-    rationales = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, hidden_states.device)
+    rationales = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, hidden_states)
     options = SweepOptions(
         losses_shape=rationales.losses_shape,
         kl=KLOptions(),

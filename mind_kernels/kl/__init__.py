@@ -70,7 +70,7 @@ def ta_weighted_kl(
         supervised_index = torch.arange(rows_shape.numel(), device="cpu")
     check_labels(shift_labels, rows_shape, V, ignore_index, student_logits.device)
     check_supervised_index(supervised_index, shift_labels, ignore_index)
-    rationales = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, student_logits.device)
+    rationales = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, student_logits)
     options = KLOptions(divergence, beta, temperature, temperature_power)
     supervised = shift_labels.reshape(-1) != ignore_index
     chosen = choose_backend(backend, student_logits)

@@ -80,7 +80,7 @@ def fused_linear_kl(
     check_teacher(teacher, rows_shape, V, hidden_states.device, temperature)
     check_labels(shift_labels, rows_shape, V, ignore_index, hidden_states.device)
     check_supervised_index(supervised_index, shift_labels, ignore_index)
-    rationales = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, hidden_states.device)
+    rationales = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, hidden_states)
     options = SweepOptions(
         losses_shape=rationales.losses_shape,
         kl_weight=1.0,

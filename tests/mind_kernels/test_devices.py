@@ -236,6 +236,33 @@ def test_the_default_device_changes_nothing(backend: str, monkeypatch: pytest.Mo
             torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_nor_does_the_default_dtype(backend: str) -> None:
+    case = random_case(2, 3, 6, 8, 40, 3).to(torch.float32)  # 1/6 and 1/3 are no numbers of 16 bits
+
+    def step() -> list[Tensor]:
+        plain, _ = fused_linear_cross_entropy(case.hidden_states, case.lm_head_weight, case.shift_labels)
+        arguments = case.hidden_states, case.lm_head_weight, case.answer_index, case.rationale_weights
+        return [plain, answer_consistency(*arguments, backend=backend)]
+
+    wanted = step()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        given = step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(given, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+
+
+def test_default_weights_are_fp64_beside_fp64() -> None:
+    case = random_case(1, 3, 6, 8, 40, 2)
+    arguments = case.hidden_states, case.lm_head_weight, case.shift_labels
+    third = torch.full((1, 3), 1 / 3, dtype=torch.float64)
+    wanted, _ = fused_linear_cross_entropy(*arguments, rationale_weights=third)
+    torch.testing.assert_close(fused_linear_cross_entropy(*arguments)[0], wanted, rtol=1e-14, atol=0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # torch.compile
 
