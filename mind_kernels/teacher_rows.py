@@ -130,6 +130,15 @@ def topk_divergence(
     return loss, p.mul_(share).scatter_add_(-1, ids, grad_buckets[:, :-1].masked_fill(padded, 0.0))
 
 
+def rows_of(tensor: Tensor, index: Tensor) -> Tensor:  # (..., n), (m,) -> (m, n)
+    """Rows by their flat index. Flattened first, a tensor that is a slice of another would be copied whole."""
+    places: list[Tensor] = []
+    for size in reversed(tensor.shape[1:-1]):
+        places.append(index % size)
+        index = index // size
+    return tensor[(index, *reversed(places))]
+
+
 class TeacherRows:
     """The teacher's side of one chunk: projected at once for TeacherHidden, gathered block by block otherwise."""
 
@@ -137,7 +146,7 @@ class TeacherRows:
         self.teacher, self.options, self.index = teacher, options, index
         if isinstance(teacher, TeacherHidden):
             assert buffer is not None
-            rows = teacher.hidden_states.reshape(-1, teacher.hidden_states.shape[-1])[index]
+            rows = rows_of(teacher.hidden_states, index)
             self.logits = project(rows, teacher.lm_head_weight, teacher.lm_head_bias, buffer[: len(index)])
 
     def dense(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -145,8 +154,11 @@ class TeacherRows:
         if isinstance(self.teacher, TeacherHidden):
             return self.logits, torch.arange(start, stop, device=self.index.device)
         assert isinstance(self.teacher, TeacherLogits)
-        logits = self.teacher.logits.reshape(-1, self.teacher.logits.shape[-1])
-        return logits if logits.stride(1) == 1 else logits.contiguous(), self.index[start:stop]
+        logits, index = self.teacher.logits, self.index[start:stop]
+        shape, stride = logits.shape, logits.stride()
+        if stride[-1] == 1 and all(stride[i] == shape[i + 1] * stride[i + 1] for i in range(logits.ndim - 2)):
+            return logits.view(-1, shape[-1]), index  # rows at equal distances
+        return rows_of(logits, index).contiguous(), torch.arange(len(index), device=index.device)
 
     def divergence(
         self,
@@ -161,8 +173,7 @@ class TeacherRows:
         options, teacher, dtype = self.options, self.teacher, z.dtype
         if isinstance(teacher, TeacherTopK):
             rows = self.index[start:stop]
-            ids = teacher.token_ids.reshape(-1, teacher.token_ids.shape[-1])[rows]
-            log_probs = teacher.logprobs.reshape(-1, teacher.logprobs.shape[-1])[rows].to(dtype)
+            ids, log_probs = rows_of(teacher.token_ids, rows), rows_of(teacher.logprobs, rows).to(dtype)
             loss, grad = topk_divergence(z, ids, log_probs, teacher.tail, options, need_gradient, scratch, student)
             return loss.mul_(options.loss_scale), grad
 
@@ -171,7 +182,7 @@ class TeacherRows:
         z = z[:, :V]
         z_teacher = scratch("teacher logits", z.shape)
         if isinstance(teacher, TeacherLogits):
-            z_teacher.copy_(teacher.logits.reshape(-1, teacher.logits.shape[-1])[self.index[start:stop], :V])
+            z_teacher.copy_(rows_of(teacher.logits[..., :V], self.index[start:stop]))
         else:
             z_teacher.copy_(self.logits[start:stop, :V])
             apply_head_(z_teacher, teacher.logit_scale, teacher.logit_softcap)

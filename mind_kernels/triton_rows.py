@@ -11,7 +11,7 @@ from mind_kernels.consistency.triton_path import pairwise_jsd
 from mind_kernels.cross_entropy.triton_path import PairGradient, cross_entropy_
 from mind_kernels.linear_kl.triton_path import dense_kl_, topk_kl_
 from mind_kernels.plan import Plan, RowLosses, SweepOptions
-from mind_kernels.teacher_rows import TeacherRows
+from mind_kernels.teacher_rows import TeacherRows, rows_of
 from mind_kernels.teachers import TeacherHidden, TeacherTopK
 
 # fp32 sums of pairs held at a time: enough positions for a full GPU, small beside the logits.
@@ -119,12 +119,12 @@ class TritonRows:
         teacher, V = teacher_rows.teacher, z.shape[1]
         has_cross_entropy = options.cross_entropy_weight != 0
         if isinstance(teacher, TeacherTopK):
-            index, k = teacher_rows.index[start - chunk.start : stop - chunk.start], teacher.token_ids.shape[-1]
+            index = teacher_rows.index[start - chunk.start : stop - chunk.start]
             topk_kl_(
                 z,
                 d,
-                teacher.token_ids.reshape(-1, k)[index],
-                teacher.logprobs.reshape(-1, k)[index].float(),
+                rows_of(teacher.token_ids, index),
+                rows_of(teacher.logprobs, index).float(),
                 teacher.tail,
                 terms.labels,
                 terms.cross_entropy,

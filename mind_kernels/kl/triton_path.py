@@ -8,7 +8,7 @@ from torch import Tensor
 from mind_kernels.kl.call import KLCall, teacher_chunk_rows
 from mind_kernels.linear_kl.triton_path import dense_kl_, topk_kl_
 from mind_kernels.reduction import RationaleReduction, fp16_scale
-from mind_kernels.teacher_rows import TeacherRows
+from mind_kernels.teacher_rows import TeacherRows, rows_of
 from mind_kernels.teachers import TeacherHidden, TeacherTopK
 
 # Rows that a top-k teacher's kernels work on are copies: this many bytes of them at a time.
@@ -34,8 +34,7 @@ def triton_divergences(
     z = logits if grad_logits is None else grad_logits
 
     if isinstance(teacher, TeacherTopK):
-        k, chunk_rows = teacher.token_ids.shape[-1], max(1, COPY_BYTES // (V * logits.element_size()))
-        token_ids, log_probs = teacher.token_ids.reshape(-1, k), teacher.logprobs.reshape(-1, k)
+        chunk_rows = max(1, COPY_BYTES // (V * logits.element_size()))
         for start in range(0, len(rows), chunk_rows):
             block = slice(start, start + chunk_rows)
             index, z_copy = rows[block], z[rows[block]]
@@ -43,8 +42,8 @@ def triton_divergences(
             topk_kl_(
                 z_copy,
                 z_copy,
-                token_ids[index],
-                log_probs[index].float(),
+                rows_of(teacher.token_ids, index),
+                rows_of(teacher.logprobs, index).float(),
                 teacher.tail,
                 torch.zeros(len(index), dtype=torch.int64, device=device),
                 none,

@@ -6,12 +6,14 @@ import itertools
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mind_kernels.linear_sweep as linear_sweep
 from mind_kernels import (
@@ -602,6 +604,37 @@ def test_nor_does_it_to_a_gradient_or_to_what_mind_loss_tells(backend: str) -> N
     output.loss.backward()
     torch.testing.assert_close(output.loss.detach(), output.cross_entropy + 0.5 * output.kl)
     assert torch.isfinite(output.kl) and torch.isfinite(hidden.grad).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("kind", ["hidden", "logits", "topk"])
+def test_a_teacher_that_is_a_slice_is_not_copied_whole(kind: str, backend: str) -> None:
+    case = random_case(2, 3, 7, 8, 40, 2).to(torch.float32)
+    whole = random_teacher(kind, case)
+    tensors = {name: value for name, value in vars(whole).items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value[:, :, :-1] for name, value in tensors.items() if value.ndim == 4}
+    sliced = replace(whole, **tensors)
+    contiguous = replace(whole, **{name: value.contiguous() for name, value in tensors.items()})
+    rows = case.hidden_states[:, :, :-1].detach().contiguous().requires_grad_()
+    labels = case.shift_labels[:, :, :-1].contiguous()
+    copied: list[int] = []
+
+    class Clones(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten.clone.default:
+                copied.append(result.numel())
+            return result
+
+    def step(teacher):
+        loss, _ = fused_linear_kl(rows, case.lm_head_weight, teacher, labels, max_logits_bytes=4096, backend=backend)
+        return loss, *torch.autograd.grad(loss, (rows, case.lm_head_weight))
+
+    with Clones():
+        given = step(sliced)
+    assert max(copied, default=0) < min(value.numel() for value in tensors.values())
+    for one, other in zip(given, step(contiguous), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_topk_of_the_whole_vocabulary_is_the_dense_teacher() -> None:
