@@ -61,6 +61,7 @@ def topk_log_probs(
     teacher_log_probs: Tensor,  # (m, k) at temperature 1, −inf padded
     tail: str,
     temperature: float,
+    V: int,
 ) -> Tensor:  # (m, k + 1) for a bucket, (m, k) renormalised
     """The teacher's distribution over its support (and the tail bucket, log(1 − Σp)); padding becomes NEG.
 
@@ -80,6 +81,8 @@ def topk_log_probs(
             f"teacher.logprobs: given a row whose probabilities sum to {float(total.max().exp()):.4f}, wanted at most 1"
         )
     rest = torch.log(-torch.expm1(total.clamp(max=0.0))).clamp_(min=NEG)  # log(1 − Σp), −inf where nothing is left
+    if teacher_log_probs.shape[-1] >= V:  # a row that lists every token has no tail: what is left is rounding
+        rest.masked_fill_((~padded).sum(-1, keepdim=True) >= V, NEG)
     if not on_host:
         rest.masked_fill_((total > 0.01) | torch.isneginf(total), torch.nan)
     return torch.cat([teacher_log_probs.masked_fill(padded, NEG), rest], -1)
@@ -102,7 +105,7 @@ def topk_divergence(
     """
     padded = torch.isneginf(teacher_log_probs)
     ids, _ = padded_ids(token_ids, padded)
-    log_teacher = topk_log_probs(teacher_log_probs, tail, options.temperature)
+    log_teacher = topk_log_probs(teacher_log_probs, tail, options.temperature, z.shape[-1])
     z_support = z.gather(-1, ids)
     if tail == "renormalize":
         log_student = torch.log_softmax((z_support / options.temperature).masked_fill_(padded, NEG), -1)

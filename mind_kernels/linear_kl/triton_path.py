@@ -371,7 +371,7 @@ def topk_kl_(
     labels = torch.where(is_label_valid, labels, 0)
     padded = torch.isneginf(teacher_log_probs)
     ids, first = padded_ids(token_ids, padded)
-    log_teacher = topk_log_probs(teacher_log_probs, tail, options.temperature)
+    log_teacher = topk_log_probs(teacher_log_probs, tail, options.temperature, V)
     z_listed, z_label = z.gather(-1, ids).float(), z.gather(-1, labels.unsqueeze(-1)).float()
     apply_head_(z_listed, logit_scale, logit_softcap)
     apply_head_(z_label, logit_scale, logit_softcap)

@@ -651,6 +651,24 @@ def test_topk_of_the_whole_vocabulary_is_the_dense_teacher() -> None:
             torch.testing.assert_close(gradient, torch.autograd.grad(wanted, z)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_topk_of_the_whole_vocabulary_has_no_tail(backend: str, dtype: torch.dtype) -> None:
+    # What rounding leaves of the teacher's mass is not told to lie on a token that the student gives nothing.
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(50, 40, generator=generator)
+    dense = torch.log_softmax(2 * torch.randn(50, 40, generator=generator), -1)
+    logprobs, token_ids = dense.topk(40)
+    logprobs = logprobs.to(dtype)
+    logprobs[0, 30:], token_ids[0, 30:] = -torch.inf, -1  # one row has a tail
+    given = ta_weighted_kl(z[1:], TeacherTopK(token_ids[1:], logprobs[1:]), backend=backend)[0]
+    wanted = ta_weighted_kl(z[1:], TeacherLogits(dense[1:]))[0]
+    torch.testing.assert_close(given, wanted, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=0)
+    first, _ = ta_weighted_kl(z[:1], TeacherTopK(token_ids[:1], logprobs[:1]), backend=backend)
+    short, _ = ta_weighted_kl(z[:1], TeacherTopK(token_ids[:1, :30], logprobs[:1, :30]), backend=backend)
+    torch.testing.assert_close(first, short)
+
+
 def test_topk_tail_keeps_its_digits_when_the_student_is_sure() -> None:
     # The student's tail is 3e-9: 1 − Σp in fp32 would be 0 or 6e-8.
     z = torch.tensor([[20.0, 0.0, 0.0]], requires_grad=True)
