@@ -66,6 +66,11 @@ def ta_weighted_kl(
     rows_shape, V = student_logits.shape[:-1], student_logits.shape[-1]
     check_teacher(teacher, rows_shape, V, student_logits.device, temperature)
     if shift_labels is None:  # all rows, as the host then knows
+        require(
+            supervised_index is None,
+            "supervised_index: given without shift_labels, wanted with them (or all rows count)",
+        )
+        ignore_index = -100
         shift_labels = torch.zeros(rows_shape, dtype=torch.int64, device=student_logits.device)
         supervised_index = torch.arange(rows_shape.numel(), device="cpu")
     check_labels(shift_labels, rows_shape, V, ignore_index, student_logits.device)

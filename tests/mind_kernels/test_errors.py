@@ -295,6 +295,17 @@ def test_topk_bucket_at_another_temperature() -> None:
         ta_weighted_kl(torch.randn(B, K, T, V), teacher, temperature=2.0)
 
 
+def test_supervised_index_without_labels() -> None:
+    logits = torch.randn(B, K, T, V)
+    with pytest.raises(ValueError, match="supervised_index: given without shift_labels, wanted with them"):
+        ta_weighted_kl(logits, TeacherLogits(logits), supervised_index=torch.tensor([0]))
+
+
+def test_ignore_index_without_labels_is_any_number() -> None:
+    logits, teacher = torch.randn(B, K, T, V), TeacherLogits(torch.randn(B, K, T, V))
+    assert ta_weighted_kl(logits, teacher, ignore_index=0)[0] == ta_weighted_kl(logits, teacher)[0]
+
+
 def test_consistency_budget_must_hold_a_position() -> None:
     arguments = good()
     index = torch.arange(B * K).view(B, K, 1) * T
