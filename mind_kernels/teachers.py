@@ -18,7 +18,7 @@ class TeacherHidden:
 
     hidden_states: (..., H_t), leading axes those of the student's hidden states; bf16, fp16, fp32 or fp64.
     lm_head_weight: (V_t, H_t), same dtype. H_t may differ from the student's H.
-    lm_head_bias: (V_t,) or None.
+    lm_head_bias: (V_t,), same dtype, or None.
     logit_scale, logit_softcap: as for the student, but the teacher's own.
     vocab_size: both distributions are restricted to the first `vocab_size` tokens (for padded vocabularies);
         None requires V_t to equal the student's V.
@@ -53,6 +53,11 @@ class TeacherHidden:
                 f"teacher.lm_head_bias: given shape {tuple(self.lm_head_bias.shape)}, "
                 f"wanted ({self.lm_head_weight.shape[0]},)",
             )
+            if self.lm_head_bias.dtype != self.hidden_states.dtype:
+                raise TypeError(
+                    f"teacher.lm_head_bias: given {self.lm_head_bias.dtype}, "
+                    f"wanted {self.hidden_states.dtype} as teacher.hidden_states"
+                )
             check_device("teacher.lm_head_bias", self.lm_head_bias, self.hidden_states.device, "teacher.hidden_states")
         check_scale_and_softcap("teacher.", self.logit_scale, self.logit_softcap)
 

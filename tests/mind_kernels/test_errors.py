@@ -230,6 +230,11 @@ TEACHERS = {
         TypeError,
         r"teacher.lm_head_weight: given torch.float64, wanted torch.float32",
     ),
+    "bias-dtype": (
+        lambda: TeacherHidden(torch.randn(B, K, T, 2), torch.randn(V, 2), torch.randn(V).bfloat16()),
+        TypeError,
+        r"teacher.lm_head_bias: given torch.bfloat16, wanted torch.float32 as teacher.hidden_states",
+    ),
     "topk-id": (topk([-1.0, -2.0], [0, V]), ValueError, r"teacher.token_ids: given 7, wanted 0 <= id < V = 7"),
     "topk-sum": (topk([-0.1, -0.2]), ValueError, r"teacher.logprobs: given a row whose probabilities sum to 1.72"),
     "topk-empty-row": (topk([float("-inf")] * 2), ValueError, r"teacher.logprobs: given a row of only -inf"),
