@@ -407,6 +407,9 @@ def resolve_num_questions(num_questions: int | Tensor | None, B: int) -> float |
         )
         if not can_look(num_questions):
             return num_questions
+    elif torch.compiler.is_compiling() and isinstance(num_questions, int):  # it may be symbolic: no text is made of it
+        require(num_questions > 0, "num_questions: wanted a number above 0")
+        return num_questions
     else:
         check_number("num_questions", num_questions)
     value = float(num_questions)

@@ -45,7 +45,9 @@ def _pack(options: Any) -> tuple[list[Tensor | None], dict[str, Any]]:
     names = RATIONALES_FIELDS if isinstance(options, Rationales) else [field.name for field in fields(options)]
     for name in names:
         value = getattr(options, name)
-        if isinstance(value, Tensor):
+        if isinstance(value, torch.Size):  # losses_shape, which may be symbolic: an operator returns (R,)
+            plain[name] = [-1]
+        elif isinstance(value, Tensor):
             tensors.append(value)
             plain[name] = {"tensor": len(tensors) - 1}
         elif isinstance(value, torch.dtype):
@@ -55,7 +57,7 @@ def _pack(options: Any) -> tuple[list[Tensor | None], dict[str, Any]]:
             plain[name] = {"kind": type(value).__name__, "first": len(tensors), "fields": described}
             tensors += inner
         else:
-            plain[name] = list(value) if isinstance(value, torch.Size) else value
+            plain[name] = value
     return tensors, plain
 
 
@@ -141,7 +143,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     described = json.loads(settings)
     stats = statistics_dtype(getattr(torch, described["compute_dtype"]))
-    shape = described["options"]["losses_shape"]
+    R = rationale_weights.numel()
 
     def new(*size: int) -> Tensor:
         return hidden_states.new_empty(size, dtype=stats)
@@ -149,7 +151,7 @@ def _(
     # The gradients of head and bias are contiguous, whatever they are.
     like_bias = lm_head_bias if lm_head_bias is not None and needs[2] else hidden_states
     return (
-        new(), new(*shape), new(*shape), new(), new(),
+        new(), new(R), new(R), new(), new(),
         torch.empty_like(hidden_states) if needs[0] else hidden_states.new_empty(0),
         lm_head_weight.new_empty(lm_head_weight.shape if needs[1] else (0,)),
         like_bias.new_empty(len(like_bias) if like_bias is lm_head_bias else 0),
@@ -186,10 +188,14 @@ def compiled_linear_loss(
     """linear_loss as one operator."""
     inputs = hidden_states, lm_head_weight, lm_head_bias, rationale_weights
     needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
+    if not isinstance(options.num_questions, Tensor):  # it may be symbolic
+        number = rationale_weights.new_full((), options.num_questions, dtype=statistics_dtype(compute_dtype))
+        options = replace(options, num_questions=number)
     tensors, plain = _pack(options)
     settings = _as_json({"options": plain, "compute_dtype": str(compute_dtype).removeprefix("torch.")})
     loss, cross_entropy, kl, consistency, *_ = _linear_loss(*inputs, tensors, settings, needs)
-    return LinearLosses(loss, cross_entropy.detach(), kl.detach(), consistency.detach())
+    cross_entropy, kl = (losses.detach().reshape(options.losses_shape) for losses in (cross_entropy, kl))
+    return LinearLosses(loss, cross_entropy, kl, consistency.detach())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

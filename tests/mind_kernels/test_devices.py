@@ -315,6 +315,32 @@ def test_compiles_as_one_graph_with_the_same_results(name: str, dtype: torch.dty
         assert relative_error(one, other) <= (1e-12 if dtype == torch.float64 else 2**-8), part
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "whole", "consistency", "on_logits"])
+def test_other_shapes_compile_too(name: str) -> None:
+    torch._dynamo.reset()
+
+    def function(x, w, a, labels, answers, count):
+        if name == "cross_entropy":
+            return fused_linear_cross_entropy(x, w, labels)
+        if name == "whole":
+            output = mind_loss(x, w, labels, rationale_weights=a, answer_index=answers, num_questions=count)
+            return output.loss, output.rationale_losses
+        if name == "consistency":
+            return (answer_consistency(x, w, answers, a),) * 2
+        z = x @ w.t()
+        return ta_weighted_kl(z, TeacherLogits(z.detach().roll(1, -1)), a, shift_labels=labels)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for B, K, T in ((2, 3, 6), (3, 3, 6), (3, 3, 7), (4, 2, 5), (1, 4, 6)):
+        case = random_case(B, K, T, 8, 40, 2).to(torch.float32)
+        leaves = case.hidden_states, case.lm_head_weight
+        arguments = *leaves, case.rationale_weights, case.shift_labels, case.answer_index, 7 * B
+        results = [call(*arguments) for call in (compiled, function)]
+        gradients = [torch.autograd.grad(loss, leaves) for loss, _ in results]
+        for one, other in zip((*results[0], *gradients[0]), (*results[1], *gradients[1]), strict=True):
+            torch.testing.assert_close(one, other)
+
+
 def test_a_frozen_head_costs_no_weight_gradient_when_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     case = random_case(2, 3, 6, 8, 40, 2).to(torch.float32)
