@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mind_kernels.arguments import current_device
-
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums, losses and log-sum-exps are fp32, for fp64 inputs fp64."""
@@ -43,8 +41,7 @@ def multiply_(gradient: Tensor, factor: Tensor, backend: str) -> None:
     if backend == "triton" and gradient.is_contiguous():
         from mind_kernels import triton_multiply
 
-        with current_device(gradient.device):
-            triton_multiply.multiply_(gradient, factor)
+        triton_multiply.multiply_(gradient, factor)
     else:
         gradient.mul_(factor)
 

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mind_kernels.arguments import current_device
+
 BLOCK = 8192  # eight 16-byte loads of 16-bit numbers for each thread
 MOST_PROGRAMS = 2048  # several for every multiprocessor; each ends at once where there is nothing to do
 
@@ -30,4 +32,5 @@ def multiply_(x: Tensor, factor: Tensor) -> None:
     assert x.is_contiguous()
     n = x.numel()
     if n:
-        multiply_kernel[(min(triton.cdiv(n, BLOCK), MOST_PROGRAMS),)](x, factor, n, BLOCK=BLOCK, num_warps=8)
+        with current_device(x.device):
+            multiply_kernel[(min(triton.cdiv(n, BLOCK), MOST_PROGRAMS),)](x, factor, n, BLOCK=BLOCK, num_warps=8)
