@@ -22,8 +22,8 @@ import mind_kernels.linear_sweep as linear_sweep
 import mind_kernels.log_softmax.triton_path as log_softmax
 import mind_kernels.operators as operators
 import mind_kernels.products as products
-import mind_kernels.reduction as reduction
 import mind_kernels.triton_columns
+import mind_kernels.triton_multiply as triton_multiply
 import mind_kernels.triton_rows  # noqa: F401 - what a test's TRITON_INTERPRET finds imported stays compiled on a GPU
 from mind_kernels import (
     answer_consistency,
@@ -154,7 +154,7 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest
         yield
         current.pop()
 
-    for module in (linear_sweep, kl_function, reduction, log_softmax):
+    for module in (linear_sweep, kl_function, triton_multiply, log_softmax):
         monkeypatch.setattr(module, "current_device", recorded)
     on_launch(monkeypatch, lambda name: launched.setdefault(name, []).extend(current[-1:] or [torch.device("cpu")]))
     for kind in TEACHERS:
