@@ -12,6 +12,7 @@ import math
 import numbers
 import os
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +62,29 @@ def refuse_second_derivative() -> None:
     """
     if torch.is_grad_enabled():
         raise RuntimeError("backward: given create_graph=True, wanted False: there is no second derivative")
+
+
+def tensor_versions(options: Any) -> list[int]:
+    """How often each tensor of a dataclass, and of those within it, was changed in place."""
+    versions: list[int] = []
+    for value in vars(options).values():
+        if isinstance(value, Tensor):
+            versions += [] if value.is_inference() else [value._version]  # inference tensors do not count
+        elif is_dataclass(value):
+            versions += tensor_versions(value)
+    return versions
+
+
+def refuse_changed(versions: list[int], options: Any) -> None:
+    """Called by a second backward, which makes the gradients anew, of labels and teachers that must be what they were.
+
+    Raises: RuntimeError where one of them was changed in place, as PyTorch does for what has a gradient.
+    """
+    if tensor_versions(options) != versions:
+        raise RuntimeError(
+            "backward: given labels, answer_index or a teacher modified by an inplace operation since forward, "
+            "wanted them unchanged: a second backward makes the gradients anew"
+        )
 
 
 def require(condition: bool, message: str) -> None:

@@ -26,7 +26,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mind_kernels.arguments import current_device, product_dtype, refuse_second_derivative, without_autocast
+from mind_kernels.arguments import (
+    current_device,
+    product_dtype,
+    refuse_changed,
+    refuse_second_derivative,
+    tensor_versions,
+    without_autocast,
+)
 from mind_kernels.chunking import Chunk, plan_chunks, row_buffer, teacher_parts
 from mind_kernels.plan import RowLosses, SweepOptions, make_plan
 from mind_kernels.products import TILE, adds_wide_products, has_wide_products, product, project
@@ -265,7 +272,7 @@ class _LinearLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:4]]
         tensors = hidden_states, lm_head_weight, lm_head_bias, rationale_weights
-        ctx.sweep_arguments = options, compute_dtype, needs
+        ctx.sweep_arguments, ctx.versions = (options, compute_dtype, needs), tensor_versions(options)
         losses, ctx.result, ctx.grad_weights = linear_loss_and_gradients(*tensors, *ctx.sweep_arguments)
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(*losses[1:])
@@ -277,6 +284,7 @@ class _LinearLoss(torch.autograd.Function):
         result, ctx.result = ctx.result, None
         tensors = ctx.saved_tensors
         if result is None:
+            refuse_changed(ctx.versions, ctx.sweep_arguments[0])
             with without_autocast(grad_loss.device), current_device(grad_loss.device):
                 result = sweep(*tensors, *ctx.sweep_arguments)
         factor = grad_loss * result.gradient_scale

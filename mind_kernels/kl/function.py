@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mind_kernels.arguments import Rationales, current_device, refuse_second_derivative
+from mind_kernels.arguments import (
+    Rationales,
+    current_device,
+    refuse_changed,
+    refuse_second_derivative,
+    tensor_versions,
+)
 from mind_kernels.kl.call import KLCall
 from mind_kernels.kl.torch_path import torch_divergences
 from mind_kernels.reduction import multiply_, weighted_sum
@@ -41,7 +47,7 @@ class _TAWeightedKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, rationale_weights: Tensor, options: KLCall) -> tuple[Tensor, Tensor]:
-        ctx.options = options
+        ctx.options, ctx.versions = options, tensor_versions(options)
         need_gradient = options.grad_enabled and ctx.needs_input_grad[0]
         loss, losses, *ctx.gradient = kl_loss_and_gradients(logits, rationale_weights, options, need_gradient)
         ctx.save_for_backward(logits, rationale_weights, losses)
@@ -57,6 +63,7 @@ class _TAWeightedKL(torch.autograd.Function):
         grad_weights = None
         if ctx.needs_input_grad[0]:
             if grad_logits is None:
+                refuse_changed(ctx.versions, ctx.options)
                 _, grad_logits, scale = _divergences(logits, rationale_weights, ctx.options, True)
             assert grad_logits is not None
             multiply_(grad_logits, grad_loss * scale, ctx.options.backend)

@@ -306,6 +306,23 @@ def test_second_backward_after_an_update_of_the_head_is_an_error() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("changed", ["labels", "teacher"])
+def test_second_backward_after_a_change_of_what_has_no_gradient_is_an_error(changed: str) -> None:
+    case = random_case(2, 3, 6, 8, 31, 2).to(torch.float32)
+    teacher = TeacherLogits(torch.randn(2, 3, 6, 31))
+    whole = call_mind_loss(case, teacher=teacher, kl_weight=1.0).loss
+    logits = torch.randn(2, 3, 6, 31, requires_grad=True)
+    on_logits, _ = ta_weighted_kl(logits, teacher, shift_labels=case.shift_labels)
+    {"labels": case.shift_labels, "teacher": teacher.logits}[changed].zero_()
+    whole.backward(retain_graph=True)  # was made in forward
+    on_logits.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation since forward"):
+        whole.backward()
+    if changed == "teacher":  # of labels the divergence keeps a mask of its own
+        with pytest.raises(RuntimeError, match="modified by an inplace operation since forward"):
+            on_logits.backward()
+
+
 def test_second_order_gradient_is_an_error() -> None:
     case = random_case(1, 2, 4, 8, 31, 1).to(torch.float64)
     with pytest.raises(RuntimeError, match=r"given create_graph=True, wanted False: there is no second derivative"):
