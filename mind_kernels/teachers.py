@@ -102,7 +102,7 @@ class TeacherTopK:
     logprobs: (..., k) log-probabilities (nats) at temperature 1. −inf pads a short row; the id beside it is ignored.
         A row of −inf alone is an error on the CPU and makes the loss NaN on a GPU.
     tail: "bucket" adds one bucket of probability 1 − Σp to both distributions (needs temperature 1), but to a row that
-        lists every token;
+        lists every token, which is renormalised;
         "renormalize" restricts both distributions to the support and renormalises them.
     """
 
