@@ -105,7 +105,8 @@ def mind_loss(
     CE in nats per token, 0 without supervised tokens.
 
     Peak extra memory: the gradients + max_logits_bytes (+ 4·V·H bytes when a 16-bit weight gradient is summed in fp32:
-    over more than 40 chunks of logits, over several with logits_dtype=float32, or when it is pruned).
+    over more than 40 chunks of logits, over several with logits_dtype=float32, or when it is pruned). Under autocast
+    also a copy of the head in its dtype, 2·V·H bytes.
 
     Raises: ValueError or TypeError naming the argument, what was given and what is wanted.
     Source: MIND (arXiv 2601.03717), equations as in this docstring.

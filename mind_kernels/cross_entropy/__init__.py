@@ -73,7 +73,8 @@ def fused_linear_cross_entropy(
     supervised token. Both fp32 (fp64 for fp64).
 
     Peak extra memory: the gradients + max_logits_bytes (+ 4·V·H bytes when a 16-bit weight gradient is summed in fp32:
-    over more than 40 chunks of logits, over several with logits_dtype=float32, or when it is pruned).
+    over more than 40 chunks of logits, over several with logits_dtype=float32, or when it is pruned). Under autocast
+    also a copy of the head in its dtype, 2·V·H bytes.
     Without a gradient: max_logits_bytes.
 
     Raises: ValueError or TypeError naming the argument, what was given and what is wanted.

@@ -36,7 +36,8 @@ def multi_rationale_log_softmax(
 
     Returns log-probabilities in nats, (..., K, V), or (..., K, S) for token_ids, in the dtype of logits; statistics in
     fp32 (fp64 for fp64).
-    Peak extra memory: the result, and with "torch" an fp32 copy of logits when temperature is not 1 or with token_ids.
+    Peak extra memory: the result, and with "torch" an fp32 copy of logits, two of 16-bit ones, when temperature is not
+        1 or with token_ids.
     The gradient of selected tokens is made in fp32, 4 bytes an element of logits, before it is rounded.
     Raises: ValueError or TypeError naming the argument, what was given and what is wanted. With "triton" the backward
     pass RuntimeError under create_graph=True: only "torch" has a second derivative.
