@@ -13,6 +13,7 @@ from mind.assistant import calibration_loss, rank_correlation
 from mind.collator import QuestionBatch
 from mind.config import MindConfig
 from mind_kernels import PrunedChunk
+from mind_kernels.chunking import to_device
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Feedback:
 
     def losses_or_nan(self) -> Tensor:
         """(B, K) losses, NaN for a rationale that was not measured; on the student's device."""
-        return self.losses.masked_fill((self.batch.mask & ~self.measured).to(self.losses.device), torch.nan)
+        unmeasured = to_device(self.batch.mask & ~self.measured, self.losses.device)
+        return self.losses.masked_fill(unmeasured, torch.nan)
 
 
 def summarise(

@@ -177,7 +177,7 @@ class MindTrainer(Trainer):
             output = model(
                 **batch,
                 **teacher,
-                rationale_weights=weights.to(self.args.device),
+                rationale_weights=to_device(weights, self.args.device),
                 num_questions=num_questions,
                 return_hidden_states=self.args.method == "mcc_kd",
             )
@@ -187,12 +187,14 @@ class MindTrainer(Trainer):
             consistency = self._symmetric_kl(output.last_hidden_state.flatten(0, 1), answer_index) / num_questions
             loss = loss + self.args.consistency_weight * consistency
         own_losses = output.rationale_losses.float()
+        if losses is not None:
+            losses = own_losses.where(to_device(selected, own_losses.device), losses)
         self._since_step.append(
             Feedback(
                 batch=inputs,
                 scores=scores,
                 weights=weights,
-                losses=own_losses if losses is None else own_losses.where(selected.to(own_losses.device), losses),
+                losses=own_losses if losses is None else losses,
                 measured=measured,
                 parts=torch.stack([output.cross_entropy, consistency.detach(), output.kl]).float(),
                 pruned=pruned,
@@ -258,7 +260,7 @@ class MindTrainer(Trainer):
                 hidden_states,
                 student.head.weight,
                 batch["shift_labels"],
-                rationale_weights=wanted.float().to(self.args.device),
+                rationale_weights=to_device(wanted.float(), self.args.device),
                 cu_seqlens=batch["cu_seqlens"],
                 supervised_index=batch.get("supervised_index"),
                 lm_head_bias=student.head.bias,
@@ -431,7 +433,7 @@ class MindTrainer(Trainer):
         quiet = self.args.disable_tqdm or not self.is_local_process_zero()
         for some in tqdm(batches, desc="measuring the student", unit="batch", disable=quiet):
             batch = collate([dataset[i] for i in some.tolist()])
-            losses[some.to(losses.device)] = self._measure(batch.questions, batch.mask)
+            losses[to_device(some, losses.device)] = self._measure(batch.questions, batch.mask)
         losses = self.accelerator.reduce(losses, reduction="sum").cpu()
         is_measured = torch.zeros(len(dataset), 1, dtype=torch.bool).index_fill(0, indices, True)
         mask = torch.tensor([question.mask for question in dataset.questions]) & is_measured
