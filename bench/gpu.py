@@ -407,7 +407,7 @@ def run_tests(arguments: list[str], processes: int) -> int:
 def environment(device: str) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor()} (interpreter)",
-        "commit": git("describe", "--always", "--dirty", "--abbrev=40") or None,
+        "commit": git("describe", "--always", "--dirty", "--abbrev=40") or os.environ.get("GIT_COMMIT"),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,

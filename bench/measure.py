@@ -445,7 +445,10 @@ def git(*arguments: str) -> str:
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Device, commit (None where there is none to be had) and versions: what a number is worth nothing without."""
+    """Device, commit and versions: what a number is worth nothing without.
+
+    Where git cannot tell, the commit is what the variable GIT_COMMIT says, else None.
+    """
     sources = [".", ":!bench/results", ":!experiments/results", ":!*.md"]  # a run writes results
     changes = "+uncommitted" if git("status", "--porcelain", "--", *sources) else ""
     if device == "cpu":
@@ -456,7 +459,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     packages = sorted({provider.package for provider in PROVIDERS.values()} | {"transformers", "triton"})
     return {
         "device": name,
-        "commit": git("rev-parse", "HEAD") + changes or None,
+        "commit": git("rev-parse", "HEAD") + changes or os.environ.get("GIT_COMMIT"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "versions": {package: version(package) for package in packages},

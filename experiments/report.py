@@ -29,6 +29,7 @@ from mind.bootstrap import bootstrap_means, interval
 from mind.config import MindConfig
 
 BASELINE = "no_fusion"
+SYMBOLS = {"beta": "β", "tau_student": "τ_student", "feedback_share": "feedback"}  # of settings told where they differ
 Document = dict[str, Any]
 Kind = tuple[float, bool, bool]  # gradient_tolerance, its correction, in small chunks
 EXACT: Kind = (0.0, True, False)
@@ -134,12 +135,11 @@ def methods_section(documents: Sequence[Document], output: Path) -> list[str]:
     return lines
 
 
-def _variant(settings: dict[str, Any]) -> str:
-    """The method, and its β, τ_student and share of questions with feedback where they are not the defaults."""
-    symbols = {"beta": "β", "tau_student": "τ_student", "feedback_share": "feedback"}
+def _variant(settings: dict[str, Any], names: Sequence[str] = tuple(SYMBOLS)) -> str:
+    """The method, and those of its settings that are not the defaults; a file may be older than a setting."""
     chosen = [
-        f"{symbol} = {settings[name]:g}"
-        for name, symbol in symbols.items()
+        f"{SYMBOLS[name]} = {settings[name]:g}"
+        for name in names
         if settings.get(name, getattr(MindConfig, name)) != getattr(MindConfig, name)
     ]
     return ", ".join([settings["method"], *chosen])
@@ -158,7 +158,7 @@ def choice_section(documents: Sequence[Document]) -> list[str]:
             rows.append(
                 [
                     f"{settings['student']} on {settings['data']}",
-                    _code(settings["method"]),
+                    _code(_variant(settings, ("feedback_share",))),
                     f"{settings['token_budget']:,}",
                     str(settings["questions_per_step"]),
                     *(f"{settings[name]:g}" for name in ("learning_rate", "beta", "tau_student")),

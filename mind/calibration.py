@@ -93,15 +93,15 @@ class Calibrator:
         indices, losses = torch.cat(self._indices).cpu(), torch.cat(self._losses).cpu()
         self._indices, self._losses = [], []
         mask = torch.tensor([self.dataset[index].mask for index in indices.tolist()])
-        known = (~losses.isnan() | ~mask).all(-1)
-        indices, losses = indices[known], losses[known]
+        is_measured = (~losses.isnan() | ~mask).all(-1)
+        indices, losses, mask = indices[is_measured], losses[is_measured], mask[is_measured]
         if len(indices) == 0:
             return
-        for index, row in zip(indices.tolist(), losses, strict=True):
+        for index, row, exists in zip(indices.tolist(), losses, mask, strict=True):
             known = self.loss_table[index]
             average = self.config.loss_ema * known + (1 - self.config.loss_ema) * row
             average = torch.where(known.isnan(), row, average)
-            self.loss_table[index] = torch.where(torch.tensor(self.dataset[index].mask), average, torch.nan)
+            self.loss_table[index] = torch.where(exists, average, torch.nan)
         self._step(indices, lr=self.config.assistant_learning_rate)
 
     def _step(self, indices: Tensor, lr: float) -> tuple[float, Tensor]:

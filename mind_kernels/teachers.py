@@ -101,8 +101,8 @@ class TeacherTopK:
     token_ids: (..., k) int64 or int32, distinct within a row.
     logprobs: (..., k) log-probabilities (nats) at temperature 1. −inf pads a short row; the id beside it is ignored.
         A row of −inf alone is an error on the CPU and makes the loss NaN on a GPU.
-    tail: "bucket" adds one bucket of probability 1 − Σp to both distributions (needs temperature 1), but to a row that
-        lists every token, which is renormalised;
+    tail: "bucket" adds one bucket of probability 1 − Σp to both distributions (needs temperature 1); a row that lists
+        every token has none and is renormalised;
         "renormalize" restricts both distributions to the support and renormalises them.
     """
 

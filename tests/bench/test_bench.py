@@ -173,7 +173,10 @@ def test_a_device_that_is_lost_is_told_in_rows(when: int, monkeypatch: pytest.Mo
 
 def test_sources_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
     assert environment()["commit"] is None and environment()["torch"] == torch.__version__
+    monkeypatch.setenv("GIT_COMMIT", "0123abc")
+    assert environment()["commit"] == "0123abc"
 
 
 def test_a_real_allocation_failure_is_recognised() -> None:
