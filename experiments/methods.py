@@ -56,7 +56,7 @@ class Settings:
 
 def file_name(settings: Settings) -> str:
     """Without ".json": told apart by settings where these are being chosen, else by those not at their defaults."""
-    name = f"{Path(settings.student).name}-{settings.data}-{settings.method}-s{settings.seed}"
+    name = f"{Path(settings.student).name}-{settings.data}-{settings.token_budget}-{settings.method}-s{settings.seed}"
     if settings.seed >= 100:
         name += f"-lr{settings.learning_rate:g}"
     if settings.seed >= 100 or (settings.beta, settings.tau_student) != (MindConfig.beta, MindConfig.tau_student):

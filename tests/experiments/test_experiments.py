@@ -64,8 +64,8 @@ def test_methods_stop_at_the_token_budget_and_run_once(folder: Path, capsys: pyt
     capsys.readouterr()
     methods.main(wanted)
     assert capsys.readouterr().out.count("done before") == 4
-    with pytest.raises(ValueError, match="run with another token_budget"):
-        methods.main([*wanted, "--token_budget", "5000"])
+    with pytest.raises(ValueError, match="run with another learning_rate"):
+        methods.main([*wanted, "--learning_rates", "5e-5"])
 
 
 def test_what_chooses_settings_sees_no_test_question(folder: Path) -> None:
@@ -76,10 +76,17 @@ def test_what_chooses_settings_sees_no_test_question(folder: Path) -> None:
 
 def test_runs_of_other_settings_are_other_files() -> None:
     names = []
-    for seed, beta, share in ((0, 0.8, 1.0), (0, 0.3, 1.0), (100, 0.8, 1.0), (100, 0.3, 1.0), (0, 0.8, 0.5)):
-        settings = methods.Settings("a/s", "svamp", "mind", seed, 9, 1e-4, 2, beta, 0.1, "0", share)
+    for seed, budget, beta, share in (
+        (0, 9, 0.8, 1.0),
+        (0, 8, 0.8, 1.0),
+        (0, 9, 0.3, 1.0),
+        (100, 9, 0.8, 1.0),
+        (100, 9, 0.3, 1.0),
+        (0, 9, 0.8, 0.5),
+    ):
+        settings = methods.Settings("a/s", "svamp", "mind", seed, budget, 1e-4, 2, beta, 0.1, "0", share)
         names.append(methods.file_name(settings))
-    assert names[0] == "s-svamp-mind-s0" and len(set(names)) == 5
+    assert names[0] == "s-svamp-9-mind-s0" and len(set(names)) == 6
 
 
 def test_a_run_older_than_a_setting_was_done_with_its_default(tmp_path: Path) -> None:
