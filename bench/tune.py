@@ -1,11 +1,11 @@
-"""Which launch suits the row kernels on this GPU: tokens taken at a time and warps a program, timed one by one.
+"""Which launch suits the row kernels on this GPU: tokens taken at a time, warps and registers, timed one by one.
 
     python -m bench.tune [--results FILE] [--dry-run]
 
 For each vocabulary a chunk of bf16 logits as the default budget makes it, with a teacher the part whose logits are held
 together. Every launch is checked against fp32 before it is timed; one that is wrong, or does not fit the device, is a
 row that says so. The yardstick is a copy of the same logits on the same device: each read and written once, the least a
-kernel can do. What is shipped stands first; what beats it belongs into MAX_BLOCK_V and ROW_LAUNCH. About two minutes.
+kernel can do. What is shipped stands first; what beats it belongs into the kernel's `launch`. Two to three minutes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,19 @@ from mind_kernels.teacher_rows import KLOptions
 from mind_kernels.testing import relative_error, repair_interpreter
 
 VOCABULARIES = (128_256, 151_936, 262_144, 50_257)
-LAUNCHES = ((2048, 4), (2048, 8), (4096, 4), (4096, 8), (4096, 16), (8192, 8), (8192, 16), (8192, 32), (16_384, 32))
-REGISTERS = 65_536  # of a multiprocessor
+# BLOCK_V, warps, registers a thread: from many small programs a multiprocessor to one that fills it.
+LAUNCHES = (
+    (2048, 4, 128),
+    (2048, 8, 128),
+    (4096, 4, 128),
+    (4096, 8, 128),
+    (4096, 16, 64),
+    (4096, 16, 128),
+    (8192, 16, 64),
+    (8192, 16, 128),
+    (8192, 32, 64),
+    (16_384, 32, 64),
+)
 CHECKED_ROWS = 16
 ALLOWED_ERROR = 1e-2  # of a bf16 gradient: twice its rounding
 
@@ -79,22 +90,29 @@ class Rows:
         return max(errors) if all(error == error for error in errors) else float("inf")
 
 
-def measure(V: int, device: str, bench: Bench, launches: tuple[tuple[int, int], ...]) -> list[dict[str, Any]]:
+def measure(V: int, device: str, bench: Bench, launches: tuple[tuple[int, int, int], ...]) -> list[dict[str, Any]]:
     m = min(DEFAULT_MAX_LOGITS_BYTES // (2 * V), 64 if device == "cpu" else 2**16)
     rows = Rows(m, V, device)
     found: list[dict[str, Any]] = []
 
-    def add(what: str, module: ModuleType, run: Callable[[int], None], num_rows: int, with_kl: bool) -> None:
+    def add(
+        what: str,
+        module: ModuleType,
+        launch: dict[str, int],  # as it is shipped
+        run: Callable[[int], None],
+        num_rows: int,
+        with_kl: bool,
+    ) -> None:
         z, d = rows.z[:num_rows], rows.d[:num_rows]
         copy = bench(lambda: d.copy_(z)).p50
-        shipped = module.MAX_BLOCK_V, module.ROW_LAUNCH["num_warps"]
-        for block, warps in dict.fromkeys((shipped, *launches)):
-            launch = dict(module.ROW_LAUNCH, num_warps=warps)
-            if "maxnreg" in launch:
-                launch["maxnreg"] = min(launch["maxnreg"], REGISTERS // (32 * warps))
-            row = {"kernel": what, "V": V, "rows": num_rows, "tokens": block, "warps": warps, "copy_ms": copy}
-            row |= {"shipped": (block, warps) == shipped, "ms": None, "status": "ok"}
-            with patch.multiple(module, MAX_BLOCK_V=block, ROW_LAUNCH=launch):
+        has_registers = "maxnreg" in launch  # HIP knows no such option
+        shipped = launch["BLOCK_V"], launch["num_warps"], launch.get("maxnreg")
+        others = [(block, warps, registers if has_registers else None) for block, warps, registers in launches]
+        for block, warps, registers in dict.fromkeys((shipped, *others)):
+            launch = {"BLOCK_V": block, "num_warps": warps} | ({"maxnreg": registers} if has_registers else {})
+            row = {"kernel": what, "V": V, "rows": num_rows, "tokens": block, "warps": warps, "registers": registers}
+            row |= {"copy_ms": copy, "shipped": (block, warps, registers) == shipped, "ms": None, "status": "ok"}
+            with patch.object(module, "launch", lambda *_, launch=launch: launch):
                 try:
                     error = rows.error(run, with_kl)
                     if error > ALLOWED_ERROR:
@@ -105,21 +123,23 @@ def measure(V: int, device: str, bench: Bench, launches: tuple[tuple[int, int], 
                     row["status"] = f"{type(refusal).__name__}: {str(refusal)[:80]}"
             found.append(row)
 
-    add("cross-entropy", cross_entropy, rows.cross_entropy, m, False)
+    launch = cross_entropy.launch(rows.z, has_softcap=False)
+    add("cross-entropy", cross_entropy, launch, rows.cross_entropy, m, False)
     part = min(m, max(PART_ROWS, -(-m // PARTS)))
-    add("cross-entropy + forward KL", linear_kl, rows.cross_entropy_and_kl, part, True)
+    launch = linear_kl.launch(rows.z, "forward")
+    add("cross-entropy + forward KL", linear_kl, launch, rows.cross_entropy_and_kl, part, True)
     return found
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     table = Table(title="row kernels, bf16, loss and gradient", title_justify="left")
-    for column in ("kernel", "V", "rows", "tokens", "warps", "ms", "× a copy", ""):
+    for column in ("kernel", "V", "rows", "tokens", "warps", "registers", "ms", "× a copy", ""):
         table.add_column(column, justify="left" if column in ("kernel", "") else "right")
     for row in rows:
         time = ("", "") if row["ms"] is None else (f"{row['ms']:.3f}", f"{row['ms'] / row['copy_ms']:.2f}")
         note = "shipped" if row["shipped"] else ""
         table.add_row(
-            row["kernel"], str(row["V"]), str(row["rows"]), str(row["tokens"]), str(row["warps"]), *time,
+            row["kernel"], *(str(row[name]) for name in ("V", "rows", "tokens", "warps", "registers")), *time,
             note if row["status"] == "ok" else row["status"],
         )  # fmt: skip
     Console(width=150).print(table)

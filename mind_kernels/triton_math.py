@@ -12,6 +12,12 @@ comes what is left of V:
     WHOLE: tl.constexpr = V // BLOCK_V * BLOCK_V
     for IS_REST in tl.static_range(2):
         for v in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
+
+A second pass over a row goes from its end to its beginning, so that it starts with what was read last and is still in
+the second-level cache; what is read for the last time, or written, is what the cache may give up first:
+
+        for w in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
+            v = w if IS_REST else WHOLE - BLOCK_V - w
 """
 
 from __future__ import annotations
@@ -19,14 +25,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 WIDTH: tl.constexpr = tl.constexpr(8)  # one 16-byte load of 16-bit numbers
 
-# A program has 8 warps, and several programs share a multiprocessor: while one waits for its sums, the others load.
-# 128 registers leave room for two of the largest kernels; HIP knows no such option.
-ROW_LAUNCH = {"num_warps": 8} if torch.version.hip else {"num_warps": 8, "maxnreg": 128}
+SHORT_ROW = 2**17  # bytes
 
 # Where an online maximum starts: finite, so that −inf − maximum is −inf and never NaN.
 LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
@@ -36,30 +41,59 @@ def block_size(V: int, largest: int) -> int:
     return min(largest, max(16, triton.next_power_of_2(V)))
 
 
+def row_launch(z: Tensor, load_bytes: int, warps: int = 8, registers: int = 128) -> dict[str, int]:
+    """BLOCK_V and launch of a kernel whose programs take one row of z (m, V) each, load_bytes a thread at a time.
+
+    A second pass finds a row in the second-level cache if all rows in flight fit it. Short rows do with several
+    programs of 8 warps a multiprocessor, of which some load while others wait for their sums; 128 registers leave room
+    for two of the largest kernels. Of long rows fewer may be in flight, so these get `warps`, of which one or two
+    programs fill a multiprocessor's 65,536 registers. HIP knows no such option, and AMD has 256 MB behind that cache.
+    """
+    V, tokens = z.shape[-1], max(WIDTH.value, load_bytes // z.element_size())
+    if torch.version.hip:
+        return {"BLOCK_V": block_size(V, 256 * tokens), "num_warps": 8}
+    if V * z.element_size() <= SHORT_ROW:
+        warps, registers = 8, 128
+    return {"BLOCK_V": block_size(V, 32 * warps * tokens), "num_warps": warps, "maxnreg": registers}
+
+
 @triton.jit
 def block_offsets(BLOCK_V: tl.constexpr):  # (lanes, WIDTH) int32
     return tl.arange(0, BLOCK_V // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
 
 
 @triton.jit
-def load_block(ptr, o_v, V: tl.constexpr, IS_REST: tl.constexpr):
-    """fp32; 0 beyond V."""
-    b = tl.load(ptr + o_v, mask=o_v < V, other=0.0) if IS_REST else tl.load(ptr + o_v)
+def load_block(ptr, o_v, V: tl.constexpr, IS_REST: tl.constexpr, IS_LAST: tl.constexpr = False):
+    """fp32; 0 beyond V. IS_LAST: it is not read again."""
+    POLICY: tl.constexpr = "evict_first" if IS_LAST else ""
+    if IS_REST:
+        b = tl.load(ptr + o_v, mask=o_v < V, other=0.0, eviction_policy=POLICY)
+    else:
+        b = tl.load(ptr + o_v, eviction_policy=POLICY)
     return b.to(tl.float32)
 
 
 @triton.jit
 def store_block(ptr, o_v, b, V: tl.constexpr, IS_REST: tl.constexpr):
     if IS_REST:
-        tl.store(ptr + o_v, b.to(ptr.dtype.element_ty), mask=o_v < V)
+        tl.store(ptr + o_v, b.to(ptr.dtype.element_ty), mask=o_v < V, eviction_policy="evict_first")
     else:
-        tl.store(ptr + o_v, b.to(ptr.dtype.element_ty))
+        tl.store(ptr + o_v, b.to(ptr.dtype.element_ty), eviction_policy="evict_first")
 
 
 @triton.jit
-def load_logits(ptr, o_v, scale, softcap, HAS_SOFTCAP: tl.constexpr, V: tl.constexpr, IS_REST: tl.constexpr):
+def load_logits(
+    ptr,
+    o_v,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    V: tl.constexpr,
+    IS_REST: tl.constexpr,
+    IS_LAST: tl.constexpr = False,
+):
     """Final logits in the unit of scale and softcap; −inf beyond V."""
-    b_z = apply_head(load_block(ptr, o_v, V, IS_REST), scale, softcap, HAS_SOFTCAP)
+    b_z = apply_head(load_block(ptr, o_v, V, IS_REST, IS_LAST), scale, softcap, HAS_SOFTCAP)
     if IS_REST:
         b_z = tl.where(o_v < V, b_z, float("-inf"))
     return b_z

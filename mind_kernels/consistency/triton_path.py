@@ -22,13 +22,12 @@ from mind_kernels.triton_math import (
     LN2,
     LOG2E,
     LOWEST,
-    ROW_LAUNCH,
     WIDTH,
     apply_head,
     block_offsets,
-    block_size,
     load_logits,
     online_sum,
+    row_launch,
     softplus2,
     sum_of_lanes,
 )
@@ -36,7 +35,6 @@ from mind_kernels.triton_math import (
 # One warp, whose sums need no barrier, and as many elements a lane as leave K rows of log-probabilities, probabilities
 # and sums in registers: 4 at K = 8 spill on NVIDIA.
 BLOCK_V = {2: 256, 4: 128, 8: 64}
-MAX_LSE_BLOCK_V = 4096
 
 
 @triton.jit
@@ -144,8 +142,7 @@ def pairwise_jsd(
         softcap,
         V=V,
         **head,
-        BLOCK_V=block_size(V, MAX_LSE_BLOCK_V),
-        **ROW_LAUNCH,
+        **row_launch(z, 32),
     )  # fmt: skip
     splits = triton.cdiv(V, BLOCK_V[K])
     jsd = torch.zeros(P, splits, K, K, dtype=torch.float32, device=z.device)

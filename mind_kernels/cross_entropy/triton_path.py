@@ -15,22 +15,25 @@ from torch import Tensor
 from mind_kernels.triton_math import (
     LOG2E,
     LOWEST,
-    ROW_LAUNCH,
     WIDTH,
     apply_head,
     block_offsets,
-    block_size,
     label_loss,
     load_block,
     load_logits,
     online_sum,
+    row_launch,
     softcap_slope,
     store_block,
     sum_of_lanes,
 )
 
-# Elements of a row taken at a time: two 16-byte loads of 16-bit logits for each thread.
-MAX_BLOCK_V = 4096
+
+def launch(z: Tensor, has_softcap: bool) -> dict[str, int]:
+    """Two 16-byte loads in flight for each thread, one where a cap needs the registers; of long rows two programs a
+    multiprocessor.
+    """
+    return row_launch(z, 16 if has_softcap else 32, warps=16, registers=64)
 
 
 class PairGradient(NamedTuple):
@@ -84,13 +87,15 @@ def cross_entropy_kernel(
             pair_ptr += i_n * stride_pn
             pair_mean = tl.load(pair_mean_ptr + i_n)
         for IS_REST in tl.static_range(2):
-            for v in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
+            for w in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
+                v = w if IS_REST else WHOLE - BLOCK_V - w
                 o_v = v + o_block
-                b_z = load_logits(z_ptr, o_v, scale, softcap, HAS_SOFTCAP, V, IS_REST)
+                b_z = load_logits(z_ptr, o_v, scale, softcap, HAS_SOFTCAP, V, IS_REST, IS_LAST=True)
                 b_p = tl.exp2(b_z - lse)
                 b_d = coefficient * tl.where(o_block == label - v, -rest, b_p)
                 if HAS_PAIRS:
-                    b_d += 0.5 * logit_scale * b_p * (load_block(pair_ptr, o_v, V, IS_REST) - pair_mean)
+                    b_pair = load_block(pair_ptr, o_v, V, IS_REST, IS_LAST=True)
+                    b_d += 0.5 * logit_scale * b_p * (b_pair - pair_mean)
                 if HAS_SOFTCAP:
                     b_d *= softcap_slope(b_z, softcap)
                 store_block(d_ptr, o_v, b_d, V, IS_REST)
@@ -126,6 +131,5 @@ def cross_entropy_(
         HAS_SOFTCAP=logit_softcap is not None,
         HAS_PAIRS=pairs is not None,
         NEEDS_GRADIENT=needs_gradient,
-        BLOCK_V=block_size(V, MAX_BLOCK_V),
-        **ROW_LAUNCH,
+        **launch(z, logit_softcap is not None),
     )  # fmt: skip

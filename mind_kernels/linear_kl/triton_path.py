@@ -25,24 +25,28 @@ from mind_kernels.triton_math import (
     LN2,
     LOG2E,
     LOWEST,
-    ROW_LAUNCH,
     WIDTH,
     apply_head,
     block_offsets,
-    block_size,
     label_loss,
     load_block,
     load_logits,
     online_mean,
     online_sum,
+    row_launch,
     softcap_slope,
     softplus2,
     store_block,
     sum_of_lanes,
 )
 
-# Of two rows at once: half the elements of the cross-entropy kernel.
-MAX_BLOCK_V = 2048
+
+def launch(z: Tensor, divergence: str) -> dict[str, int]:
+    """One 16-byte load of each of two rows; where rows are long, one program a multiprocessor.
+
+    Twice as many threads where 64 registers are enough for one.
+    """
+    return row_launch(z, 16, warps=32, registers=64) if divergence == "forward" else row_launch(z, 16, warps=16)
 
 
 @triton.jit
@@ -148,8 +152,8 @@ def dense_kl_kernel(
     else:
         b_kl_s, b_kl_t = b_zero, b_zero
         for IS_REST in tl.static_range(2):
-            for v in range(WHOLE if IS_REST else 0, V_SHARED if IS_REST else WHOLE, BLOCK_V):
-                o_v = v + o_block
+            for w in range(WHOLE if IS_REST else 0, V_SHARED if IS_REST else WHOLE, BLOCK_V):
+                o_v = (w if IS_REST else WHOLE - BLOCK_V - w) + o_block
                 b_z = load_logits(z_ptr, o_v, scale, softcap, HAS_SOFTCAP, V_SHARED, IS_REST)
                 b_t = load_logits(t_ptr, o_v, teacher_scale, teacher_softcap, TEACHER_HAS_SOFTCAP, V_SHARED, IS_REST)
                 if HAS_TEMPERATURE:
@@ -178,10 +182,14 @@ def dense_kl_kernel(
             pair_ptr += i_n * stride_pn
             pair_mean = tl.load(pair_mean_ptr + i_n)
         for IS_REST in tl.static_range(2):
-            for v in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
+            for w in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
+                # Down after one pass up; up again after the JSD's second.
+                v = w if IS_REST or DIVERGENCE == "jsd" else WHOLE - BLOCK_V - w
                 o_v = v + o_block
-                b_z = load_logits(z_ptr, o_v, scale, softcap, HAS_SOFTCAP, V, IS_REST)
-                b_t = load_logits(t_ptr, o_v, teacher_scale, teacher_softcap, TEACHER_HAS_SOFTCAP, V_SHARED, IS_REST)
+                b_z = load_logits(z_ptr, o_v, scale, softcap, HAS_SOFTCAP, V, IS_REST, IS_LAST=True)
+                b_t = load_logits(
+                    t_ptr, o_v, teacher_scale, teacher_softcap, TEACHER_HAS_SOFTCAP, V_SHARED, IS_REST, IS_LAST=True
+                )
                 if HAS_TEMPERATURE:
                     b_log_s, b_log_t = b_z * inverse_temperature - lse_s, b_t * inverse_temperature - lse_t
                 else:
@@ -201,7 +209,8 @@ def dense_kl_kernel(
                     b_p = b_p_s if ONE_SOFTMAX else tl.exp2(b_z - lse)
                     b_d += coefficient * tl.where(o_block == label - v, -rest, b_p)
                     if HAS_PAIRS:
-                        b_d += 0.5 * logit_scale * b_p * (load_block(pair_ptr, o_v, V, IS_REST) - pair_mean)
+                        b_pair = load_block(pair_ptr, o_v, V, IS_REST, IS_LAST=True)
+                        b_d += 0.5 * logit_scale * b_p * (b_pair - pair_mean)
                 if HAS_SOFTCAP:
                     b_d *= softcap_slope(b_z, softcap)
                 store_block(d_ptr, o_v, b_d, V, IS_REST)
@@ -260,8 +269,7 @@ def dense_kl_(
         TEACHER_HAS_SOFTCAP=teacher_softcap is not None,
         HAS_PAIRS=pairs is not None,
         NEEDS_GRADIENT=needs_gradient,
-        BLOCK_V=block_size(V, MAX_BLOCK_V),
-        **ROW_LAUNCH,
+        **launch(z, options.divergence),
     )  # fmt: skip
 
 
@@ -363,8 +371,7 @@ def topk_kl_(
     head: dict[str, Any] = {
         "V": V,
         "HAS_SOFTCAP": logit_softcap is not None,
-        "BLOCK_V": block_size(V, MAX_BLOCK_V),
-        **ROW_LAUNCH,
+        **row_launch(z, 16),
     }
     scale_and_softcap = logit_scale, 1.0 if logit_softcap is None else logit_softcap
     is_label_valid = (labels >= 0) & (labels < V)

@@ -18,18 +18,21 @@ from mind_kernels.triton_math import (
     LN2,
     LOG2E,
     LOWEST,
-    ROW_LAUNCH,
     WIDTH,
     block_offsets,
     block_size,
     load_block,
     load_logits,
     online_sum,
+    row_launch,
     store_block,
     sum_of_lanes,
 )
 
-MAX_BLOCK_V = 4096
+
+def launch(logits: Tensor) -> dict[str, int]:
+    """Two 16-byte loads in flight for each thread; where rows are long, one program a multiprocessor, or two."""
+    return row_launch(logits, 32, warps=16)
 
 
 @triton.jit
@@ -64,9 +67,10 @@ def log_softmax_kernel(
         lse *= LN2
         if S == 0:
             for IS_REST in tl.static_range(2):
-                for v in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
-                    b_z = load_block(p_row, v + o_block, V, IS_REST) * inverse_temperature
-                    store_block(out_ptr + i_row * V, v + o_block, b_z - lse, V, IS_REST)
+                for w in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
+                    o_v = (w if IS_REST else WHOLE - BLOCK_V - w) + o_block
+                    b_z = load_block(p_row, o_v, V, IS_REST, IS_LAST=True) * inverse_temperature
+                    store_block(out_ptr + i_row * V, o_v, b_z - lse, V, IS_REST)
         else:
             for s in range(0, S, BLOCK_S):
                 o_s = s + tl.arange(0, BLOCK_S)
@@ -105,12 +109,12 @@ def log_softmax_backward_kernel(
                     b_total += tl.sum(load_block(d_out_ptr + i_row * V, v + o_block, V, IS_REST), axis=1)
             total = tl.sum(b_total, axis=0)
         for IS_REST in tl.static_range(2):
-            for v in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
-                o_v = v + o_block
-                b_z = load_block(z_ptr + i_row * V, o_v, V, IS_REST) * (inverse_temperature * LOG2E)
+            for w in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
+                o_v = (w if IS_REST else WHOLE - BLOCK_V - w) + o_block
+                b_z = load_block(z_ptr + i_row * V, o_v, V, IS_REST, IS_LAST=True) * (inverse_temperature * LOG2E)
                 b_d = -tl.exp2(b_z - lse) * total
                 if not IS_SELECTED:
-                    b_d += load_block(d_out_ptr + i_row * V, o_v, V, IS_REST)
+                    b_d += load_block(d_out_ptr + i_row * V, o_v, V, IS_REST, IS_LAST=True)
                 store_block(d_z_ptr + i_row * V, o_v, b_d * inverse_temperature, V, IS_REST)
 
 
@@ -123,14 +127,13 @@ class _LogSoftmax(torch.autograd.Function):
         out = torch.empty(*logits.shape[:-1], V if token_ids is None else S, dtype=logits.dtype, device=logits.device)
         lse = torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device)
         ids = lse if token_ids is None else token_ids.long().contiguous()
-        block = block_size(V, MAX_BLOCK_V)
         with current_device(logits.device):
             log_softmax_kernel[(lse.numel() // K,)](
                 logits, ids, out, lse, 1.0 / temperature,
-                K=K, V=V, S=S, BLOCK_V=block, BLOCK_S=block_size(S, 1024) if S else 16, **ROW_LAUNCH,
+                K=K, V=V, S=S, BLOCK_S=block_size(S, 1024) if S else 16, **launch(logits),
             )  # fmt: skip
         ctx.save_for_backward(logits, lse, ids)
-        ctx.temperature, ctx.is_selected, ctx.block = temperature, token_ids is not None, block
+        ctx.temperature, ctx.is_selected = temperature, token_ids is not None
         return out
 
     @staticmethod
@@ -146,7 +149,7 @@ class _LogSoftmax(torch.autograd.Function):
         with current_device(logits.device):
             log_softmax_backward_kernel[(lse.numel() // K,)](
                 logits, lse, grad_out, total, grad_logits, 1.0 / ctx.temperature,
-                K=K, V=V, IS_SELECTED=ctx.is_selected, BLOCK_V=ctx.block, **ROW_LAUNCH,
+                K=K, V=V, IS_SELECTED=ctx.is_selected, **launch(logits),
             )  # fmt: skip
         if ctx.is_selected:
             grad_logits.scatter_add_(-1, ids, grad_out.float() / ctx.temperature)
