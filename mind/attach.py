@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from mind.collator import SharedPrompts
@@ -153,8 +153,10 @@ class MindAttachment:
         )
         cache: Any = getattr(output, "past_key_values", None)
         layers = getattr(cache, "layers", [])
-        # A state beside keys and values, as a convolution's, is not repeated with them.
+        # A state beside keys and values, as a convolution's, is not repeated with them; classes of a model's own hold
+        # such states.
         unfit = [part for part in (cache, *layers) if not hasattr(part, "batch_select_indices")]
+        unfit += [part for part in (cache, *layers) if type(part).__module__ != DynamicCache.__module__]
         unfit += [layer for layer in layers if hasattr(layer, "update_conv_state")]
         if unfit:
             raise ValueError(

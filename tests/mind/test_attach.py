@@ -689,6 +689,9 @@ def test_a_base_without_a_cache_is_refused() -> None:
         transformers.MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4),
         transformers.Lfm2Config(**_SIZES | {"layer_types": ["conv", "full_attention"]}),
         transformers.FalconH1Config(**_SIZES | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}),
+        transformers.MiniMaxConfig(
+            **_SIZES | {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8, "num_local_experts": 2}
+        ),
     ],
     ids=lambda config: config.model_type,
 )
