@@ -53,8 +53,7 @@ class PromptFormat:
         itself, if the model has one), otherwise PLAIN_TEMPLATE, where the tokenizer adds what it puts before a text.
         """
         if tokenizer.chat_template:
-            turns = [{"role": "user", "content": question}]
-            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            text = chat_text(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
             return tokenizer(text, add_special_tokens=False).input_ids
         ids = tokenizer(PLAIN_TEMPLATE.replace("{question}", question)).input_ids
         # A tokenizer may also close every text with EOS, but this one goes on.
@@ -86,18 +85,35 @@ class PromptFormat:
         return _up_to(line, after.strip()).strip().rstrip(".").strip() or None
 
 
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], add_generation_prompt: bool = False
+) -> str:
+    """The turns as the tokenizer's chat template writes them.
+
+    Raises: ValueError naming the tokenizer and what is wrong with its template.
+    """
+    from jinja2 import TemplateError  # here because `mind problems` needs no template
+
+    try:
+        return str(tokenizer.apply_chat_template(turns, add_generation_prompt=add_generation_prompt, tokenize=False))
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path!r}: its chat template cannot be used: {type(error).__name__}: {error}"
+        ) from error
+
+
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that ends the student's turn, at which its generation stops.
 
     With a chat template it is the first special token the template writes after an assistant's turn ("<|im_end|>",
     "<end_of_turn>", "<|eot_id|>", "</s>" …), otherwise the tokenizer's EOS.
 
-    Raises: ValueError when the tokenizer has neither.
+    Raises: ValueError when the tokenizer has neither, or as `chat_text`.
     """
     if tokenizer.chat_template:
         probe = "4d494e44"  # any text that no template holds
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": probe}]
-        tail = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(probe)[2]
+        tail = chat_text(tokenizer, turns).rpartition(probe)[2]
         for token_id in tokenizer(tail, add_special_tokens=False).input_ids:
             # The special tokens are exactly those that this kind of decoding drops; all_special_ids lacks some of them.
             # A sentencepiece "▁" alone is dropped by any decoding.

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from mind.generate import GenerateError
 from mind.generate.ledger import Answer, Request
 from mind.generate.topk import StudentTokens, topk_of
+from mind.prompting import chat_text, end_of_turn_id
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -318,8 +319,7 @@ class LocalTeacher:
         torch.manual_seed(self.seed)
         prompts = []
         for request in requests:
-            turns = [{"role": "user", "content": request.prompt}]
-            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            text = chat_text(tokenizer, [{"role": "user", "content": request.prompt}], add_generation_prompt=True)
             ids = tokenizer(text, add_special_tokens=False).input_ids
             room = getattr(model.config, "max_position_embeddings", math.inf)
             if len(ids) + self.sampling.max_tokens > room:
@@ -338,8 +338,6 @@ class LocalTeacher:
     def _configure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """The sampling's settings alone, and every token that ends a turn."""
         from transformers import GenerationConfig
-
-        from mind.prompting import end_of_turn_id
 
         own = model.generation_config.eos_token_id if model.generation_config is not None else None
         stop = {end_of_turn_id(tokenizer), tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}

@@ -190,6 +190,32 @@ def test_a_tokenizer_of_another_student(inputs: Path, tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{{ m.content }", "TemplateSyntaxError: unexpected '}'"),
+        ("{{ raise_exception('no system turn') }}", "TemplateError: no system turn"),
+        ("{{ messages[7].content }}", "UndefinedError: "),
+        ("{{ 1 + messages[0].content }}", "TypeError: unsupported operand"),
+    ],
+)
+def test_a_chat_template_that_is_broken(
+    template: str, reason: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = save_student(tmp_path / "student")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(student)
+    told = f"tokenizer '{student}': its chat template cannot be used: {reason}"
+    assert told in refused(flags(inputs, tmp_path / "out", student=student), capsys)
+    output = tmp_path / "out.jsonl"
+    asked = ["--data", str(inputs / "data.jsonl"), "--output", str(output)]
+    assert told in refused(["evaluate", "--student", str(student), *asked], capsys)
+    assert told in refused(["generate", "--teacher", str(student), *asked, "--max_tokens", "8"], capsys)
+    assert_nothing_written(tmp_path / "out")
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
     ("weight", "row", "message"),
     [
         ("lm_head.weight", 0, "model: LlamaForCausalLM's own logits hold NaN or Inf, wanted finite ones"),
