@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import threading
+import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -163,9 +164,9 @@ _NUMBER = re.compile(
     (?:(?P<whole>\d+)\s+(?=\d+\s*/))?                  # 3 1/2
     (?P<numerator>{_DIGITS})(?:e(?P<exponent>[-+]?\d{{1,2}}))?
     (?:\s*/\s*(?P<denominator>{_DIGITS}))?
-    (?:\s*(?P<percent>%|percent\b))?
-    # A unit: words, with ^2 or ^3. One letter, pi or sqrt may be algebra: left to math-verify.
-    (?:(?:\s+|(?=[^\W\d_]{{2}}|°))(?!(?:[a-z]|pi|sqrt)\b)[^\W\d_°](?:[^\d\\=+*<>^]|\^[23])*|\s*°[cf]?)?""",
+    (?:\s*(?:(?P<percent>%|percent\b)|[$€£¥₹¢]))?
+    # A unit: words, with ^2 or ^{-1}. One letter, pi or sqrt may be algebra: left to math-verify.
+    (?:(?:\s+|(?=[^\W\d_]{{2}}|°))(?!(?:[a-z]|pi|sqrt)\b)[^\W\d_°](?:[^\d\\=+*<>^]|\^\{{?-?[1-4]\}}?)*|\s*°[cf]?)?""",
     re.VERBOSE | re.IGNORECASE,
 )
 _FRAME = re.compile(
@@ -173,10 +174,16 @@ _FRAME = re.compile(
     r"| \\(?:boxed|text|mathrm|textbf)\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}",
     re.VERBOSE | re.DOTALL,
 )
-_OPTION = re.compile(r"(?:(?:option|choice)\s+)?(?:\(([A-Z])\)|([A-Z])[).:])(?:\s.*)?", re.DOTALL)
-_OPTION_ALONE = re.compile(r"(?:(?:option|choice)\s+)?\(?([A-Z])\)?[.:]?", re.IGNORECASE)
+_OPTION = re.compile(r"(?:(?:option|choice)\s+)?(?:\(([A-Z])\)|\[([A-Z])\]|([A-Z])[).:])(?:\s.*)?", re.DOTALL)
+_OPTION_ALONE = re.compile(r"(?:(?:option|choice)\s+)?[(\[]?([A-Z])[)\]]?[.:]?", re.IGNORECASE)
 _COLON = re.compile(r"(\d+(?:\s*:\s*\d+)+)\s*([ap]\.?\s?m\.?)?", re.IGNORECASE)
 _EDGES = re.compile(r"""^(?:["'“”‘’,;:!?\s]|\.(?!\d))+|["'“”‘’.,;:!?\s]+$""")  # but for the period of .5
+_VULGAR_FRACTION = re.compile("[¼-¾⅐-⅞]")
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+_SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
+_ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-z]))")
+# No word: what math-verify may read. Of letters alone only p - q, which hyphenated words do not resemble.
+_EXPRESSION = re.compile(r".*[\d\\^+*/=<>].*|-?\s*[a-z]\s*-\s*[a-z]|-\s*[a-z]", re.IGNORECASE | re.DOTALL)
 _TRUTH = {"yes": True, "true": True, "no": False, "false": False}
 
 
@@ -187,6 +194,10 @@ def answers_match(given: str | None, wanted: str) -> bool:
     ("(B)", "B.", "B) 12 cm"); yes/no and true/false by the first word; clock times and ratios part by part; numbers
     (thousands commas, decimals, fractions, mixed numbers, percentages, currency signs; what follows the last "="),
     whose unit is not compared and where 75 % matches both 75 and 0.75; the rest, LaTeX and algebra, by math-verify.
+    Fractions, powers and roots may be Unicode's: ½, x², √2.
+
+    A list without brackets is a set, as the solutions of an equation are: "1, -2" matches "-2, 1". Where the order
+    counts, write the wanted one in parentheses: "(1, 2, 3)" matches "1, 2, 3", but not "3, 2, 1".
 
     Numbers match to TOLERANCE. math-verify limits its own time by SIGALRM, which only the main thread can set: called
     in another thread the comparison runs in a child process (about 2 s, only for answers that are not plain numbers).
@@ -213,7 +224,7 @@ def answers_match(given: str | None, wanted: str) -> bool:
     given_value, wanted_value = _number(given), _number(wanted)
     if given_value and wanted_value:
         return _same_number(given_value, wanted_value)
-    if re.search(r"[\d\\^+*/=<>]", wanted):
+    if _EXPRESSION.fullmatch(wanted):
         return _same_expression(given, wanted)
     return False
 
@@ -225,15 +236,24 @@ def is_number(answer: str) -> bool:
 
 def _clean(text: str) -> str:
     """Without typographic variants and without what only frames an answer: $…$, \\boxed{…}, **…**, a final period."""
+    text = re.sub(r"(?<=\d),\s*\\!\s*(?=\d)", ",", text)  # 11,\! 111
     for old, new in (("−", "-"), ("–", "-"), ("\u00a0", " "), ("\u202f", " "), ("\\$", "$"), ("\\%", "%"), ("\\!", "")):
         text = text.replace(old, new)
-    text = text.replace("{,}", ",")
+    text = text.replace("{,}", ",").replace("π", "\\pi ").replace("∞", "\\infty ")
+    text = _VULGAR_FRACTION.sub(lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/"), text)
+    text = _SUPERSCRIPT.sub(lambda match: "^" + _braced(match[0].translate(_RAISED)), text)
+    text = _ROOT.sub(lambda match: f"\\sqrt{{{match[1] or match[2]}}}", text)
+    text = re.sub(r"(?<=\d)\s*·\s*(?=\d)", r" \\cdot ", text)
     while True:
         text = text.strip().rstrip(".").strip()
         framed = _FRAME.fullmatch(text)
         if framed is None:
             return text
         text = next(group for group in framed.groups() if group is not None)
+
+
+def _braced(exponent: str) -> str:
+    return exponent if len(exponent) == 1 else f"{{{exponent}}}"
 
 
 def _words(text: str) -> str:
@@ -303,6 +323,7 @@ def _verify(given: str, wanted: str) -> bool:
     parsed = []
     for text in (wanted, given):
         # The whole text is one expression, not the first number in a sentence.
+        text = text.replace("°", "^\\circ ")
         latex = text if re.search(r"\$|\\\(|\\\[", text) else f"${text}$"
         config = [math_verify.LatexExtractionConfig()]
         parsed.append(math_verify.parse(latex, config, fallback_mode="no_fallback", parsing_timeout=TIME_LIMIT))
