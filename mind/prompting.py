@@ -71,17 +71,18 @@ class PromptFormat:
     def extract_answer(self, generated: str) -> str | None:
         """The answer in a generated text, or None: what stands where `answer_suffix` has "{answer}", last occurrence.
 
-        The text before the answer is matched whatever its case and spacing. The answer reaches to the text that closes
-        the suffix (for a "}" the one that balances, for a "." one that is not a decimal point) or to the end of the
-        line; outer whitespace, periods and colons are dropped. So with the default suffix an answer that itself holds a
-        period and a space ("St. Ives") is cut there: use a suffix without a period for such data.
+        The text before the answer is matched whatever its case and spacing, and may be emphasised ("**…**"). The answer
+        reaches to the text that closes the suffix (for a "}" the one that balances, for a "." one that is not a decimal
+        point) or to the end of the line; outer whitespace, periods and colons are dropped. So with the default suffix
+        an answer that itself holds a period and a space ("St. Ives") is cut there: use a suffix without a period for
+        such data.
         """
         before, _, after = self.answer_suffix.partition(ANSWER)
         opening = r"\s+".join(re.escape(word) for word in before.split())
         matches = list(re.finditer(opening, generated, flags=re.IGNORECASE))
         if not matches:
             return None
-        rest = generated[matches[-1].end() :].lstrip(" \t:")
+        rest = re.sub(r"^:?\*+(?=[ \t:])", "", generated[matches[-1].end() :]).lstrip(" \t:")
         line = rest.partition("\n")[0]
         return _up_to(line, after.strip()).strip().rstrip(".").strip() or None
 

@@ -198,6 +198,9 @@ def test_extract_answer_property(answer, suffix):
     [
         ("so the  answer\nis 3.50. I checked it.", "3.50"),  # other case, spacing and an addition on the line
         ("The answer is: 12 dollars", "12 dollars"),
+        ("**The answer is:** 12", "12"),  # emphasis that ends before the answer
+        ("*The answer is*: 12.", "12"),
+        ("The answer is **12**.", "**12**"),
         ("The answer is", None),
         ("The answer is .", None),
         ("it is 42", None),
