@@ -51,7 +51,7 @@ class MindTrainer(Trainer):
     teacher: a causal LM with the student's tokenizer and vocabulary, or its stored distributions, given exactly when
         `args.kl_weight` > 0.
 
-    Raises: TypeError or ValueError naming the argument or field that does not fit the others.
+    Raises: TypeError or ValueError naming the argument or field that does not fit the others, or cannot be used.
     """
 
     # compute_loss has divided by the questions of the whole optimiser step: training_step must not divide again.
@@ -103,6 +103,7 @@ class MindTrainer(Trainer):
         self._since_log: list[Feedback] = []
         self._log_start, self._log_steps = time.perf_counter(), 0
         self._resumed = False
+        self._check_optimizer()
 
     @property
     def assistant(self) -> TeachingAssistant | None:
@@ -139,6 +140,27 @@ class MindTrainer(Trainer):
         if given_size != wanted_size:
             raise ValueError(f"teacher: has {given_size} tokens in its vocabulary, want the student's {wanted_size}")
         return attachment
+
+    def _check_optimizer(self) -> None:
+        """Makes the optimiser, and a schedule on trial, now and not when the student was measured.
+
+        Raises: ValueError naming the settings that they cannot be made of.
+        """
+        args = self.args
+        assert args.learning_rate is not None  # MindConfig has set it
+        name, value, further = "optim", args.optim, "optim_args"
+        try:
+            self.create_optimizer()  # Trainer goes on with the one that is there
+            name, value, further = "lr_scheduler_type", args.lr_scheduler_type, "lr_scheduler_kwargs"
+            if self.lr_scheduler is None:
+                trial = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+                self.create_scheduler(num_training_steps=max(1, args.max_steps), optimizer=trial)
+                self.lr_scheduler = None
+        except (ImportError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"{name}: given {getattr(value, 'value', value)!r} with {further} {getattr(args, further)!r}, which "
+                f"cannot be used: {type(error).__name__}: {error}"
+            ) from error
 
     # -----------------------------------------------------------------------------------------------------------------
     # One micro-batch

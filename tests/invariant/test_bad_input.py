@@ -139,6 +139,19 @@ def test_heldout_questions(inputs: Path, tmp_path: Path, capsys: pytest.CaptureF
             {"dataloader_drop_last": True, "per_device_train_batch_size": 64},
             "dataloader_drop_last: given 10 questions and batches of 64, which leaves no batch, want a smaller",
         ),
+        (
+            {"optim": "adamw_anyprecision"},
+            "optim: given 'adamw_anyprecision' with optim_args None, which cannot be used: ValueError: Please install",
+        ),
+        (
+            {"optim": "sgd", "optim_args": "momentum=x"},
+            "optim: given 'sgd' with optim_args 'momentum=x', which cannot be used: ValueError: could not convert",
+        ),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            "lr_scheduler_type: given 'cosine_with_min_lr' with lr_scheduler_kwargs None, which cannot be used: Value",
+        ),
+        ({"lr_scheduler_kwargs": '{"cycles": 1}'}, "lr_scheduler_type: given 'cosine' with lr_scheduler_kwargs {'cyc"),
         ({"resume_from_checkpoint": "true"}, "holds no whole checkpoint, want one"),
         (
             {"resume_from_checkpoint": "no/such"},
