@@ -161,7 +161,7 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
     values = vars(parse_settings(parser, arguments))
     try:
         run, config = parser.parse_dict(values)
-    except (ValueError, TypeError, ImportError) as error:  # of MindConfig, and of TrainingArguments beneath it
+    except (ValueError, TypeError, ImportError, OSError) as error:  # of MindConfig and TrainingArguments beneath it
         raise UsageError(str(error)) from error
     return run, config
 

@@ -247,6 +247,14 @@ class MindConfig(TrainingArguments):
                 stacklevel=3,
             )
         super().__post_init__()
+        for name, value, reason in (
+            ("split_batches", False, "per_device_train_batch_size says how many questions a rank reads at a time"),
+            ("dispatch_batches", None, "each rank reads its own questions"),
+            ("even_batches", True, "a rank with fewer batches than another would leave it waiting"),
+        ):
+            option = getattr(self.accelerator_config, name)
+            if bool(option) != bool(value):
+                raise ValueError(f"accelerator_config: given {name} = {option!r}, want {value!r}: {reason}")
         if self.share_prompt:  # only now does it tell of its newer name, activation_checkpointing, too
             self._want("gradient_checkpointing", not self.gradient_checkpointing, "False with share_prompt")
 
