@@ -23,8 +23,8 @@ def main(arguments: Sequence[str]) -> None:
     sources = [*options.tasks, *options.data, *options.ood_data]
     if options.compare is not None and (options.student is not None or sources):
         raise UsageError("--compare: takes two result files alone, want no student, tasks or data beside it")
-    if options.compare is None and (options.student is None or options.output is None):
-        missing = "--student" if options.student is None else "--output"
+    if options.compare is None and not (options.student and options.output):
+        missing = "--output" if options.student else "--student"
         raise UsageError(f"{missing} is missing, want mind evaluate --student STUDENT --output FILE, or --compare A B")
     if options.output is not None:
         if os.path.exists(options.output):

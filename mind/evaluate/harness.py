@@ -273,10 +273,11 @@ def _bos(tokenizer: Any) -> bool | None:
 def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise EvaluationError(f"device: given {name!r}, want cpu, cuda or cuda:0") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise EvaluationError(f"device: given {name!r}, but this machine or this build of PyTorch has no CUDA")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise EvaluationError(f"device: given {name!r}, but this machine or this build of PyTorch has no CUDA")
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, NotImplementedError) as error:  # no such device, no such one here, or one without numbers
+        raise EvaluationError(f"device: given {name!r}, want cpu, cuda or cuda:0 where there is one") from error
     return device
 
 

@@ -102,7 +102,8 @@ def compare(path_a: str | os.PathLike[str], path_b: str | os.PathLike[str], *, s
     not widen the interval. "forgetting" is "out"'s difference: with A before training and B after, below 0 when
     training made the student forget. "settings" holds what differs in how the two were made.
 
-    Raises: EvaluationError when a file cannot be read, or the two have no task or not the same questions in common.
+    Raises: EvaluationError when a file cannot be read, when the two have no task or not the same questions in common,
+        or one has a task in distribution and the other out of it.
     """
     a, b = read_evaluation(path_a), read_evaluation(path_b)
     shared = [name for name in a["tasks"] if name in b["tasks"]]
@@ -114,6 +115,12 @@ def compare(path_a: str | os.PathLike[str], path_b: str | os.PathLike[str], *, s
     draws: dict[str, list[np.ndarray]] = {distribution: [] for distribution in DISTRIBUTIONS}
     for name in shared:
         task_a, task_b = a["tasks"][name], b["tasks"][name]
+        if task_a["distribution"] != task_b["distribution"]:
+            told = " and ".join(
+                f"{path} has it {DISTRIBUTIONS[task['distribution']]}"
+                for path, task in ((path_a, task_a), (path_b, task_b))
+            )
+            raise EvaluationError(f"task {name}: {told}, want both the same: --data or --ood-data")
         answers_b = {_identity(answer): answer for answer in task_b["answers"]}
         for first, second, path in ((task_a, task_b, path_b), (task_b, task_a, path_a)):
             known = {_identity(answer) for answer in second["answers"]}
@@ -217,7 +224,11 @@ def _is_task(task: Any) -> bool:
         return False
     answers = task.get("answers")
     return (
-        isinstance(answers, list) and answers != [] and all(isinstance(a, dict) and set(a) == fields for a in answers)
+        isinstance(answers, list)
+        and answers != []
+        and all(isinstance(answer, dict) and set(answer) == fields for answer in answers)
+        and all(isinstance(answer["correct"], bool) for answer in answers)
+        and all(isinstance(part, str) for answer in answers for part in _identity(answer))
     )
 
 

@@ -325,6 +325,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ({"batch-size": 0}, "batch_size: given 0, want at least 1"),
         ({"limit": 0}, "limit: given 0, want at least 1"),
         ({"device": "tpu9"}, "device: given 'tpu9', want cpu, cuda or cuda:0"),
+        ({"device": "meta"}, "device: given 'meta', want cpu, cuda or cuda:0 where there is one"),
         ({"backend": "vllm"}, "--backend vllm: vLLM is not installed"),
         ({"seed": -1}, "argument --seed: given -1, want 0 to 4294967295"),
         ({"backend": "tgi"}, "argument --backend: invalid choice: 'tgi'"),
@@ -372,9 +373,16 @@ def test_results_that_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureF
         evaluation(tmp_path / "fewer.json", {"x": ("in", [1])}): "task x lacks the question 'q1' of the other",
         evaluation(tmp_path / "more.json", {"x": ("in", [1, 0, 1])}): "task x lacks the question 'q2' of the other",
         evaluation(tmp_path / "others.json", {"z": ("in", [1, 0])}): "want one of both",
+        evaluation(tmp_path / "out.json", {"x": ("out", [1, 0])}): f"task x: {good} has it in distribution and ",
+        str(tmp_path / "correct.json"): "correct.json: its tasks are not what mind evaluate writes",
+        str(tmp_path / "id.json"): "id.json: its tasks are not what mind evaluate writes",
         str(tmp_path / "broken.json"): "is not JSON: ",
         str(tmp_path / "latin.json"): "is not JSON: ",
     }
+    for name, value in (("correct", "yes"), ("id", ["q0"])):
+        changed = json.loads(Path(good).read_text())
+        changed["tasks"]["x"]["answers"][0][name] = value
+        (tmp_path / f"{name}.json").write_text(json.dumps(changed))
     (tmp_path / "broken.json").write_text('{"format": ')
     (tmp_path / "latin.json").write_bytes(b'{"format": "\xe9"}')
     output = tmp_path / "difference.json"
@@ -382,4 +390,5 @@ def test_results_that_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureF
         assert message in refused(["evaluate", "--compare", good, path, f"--output={output}"], capsys)
     line = refused(["evaluate", "--compare", good, good, "--student", "smollm2-135m"], capsys)
     assert "--compare: takes two result files alone" in line
+    assert "--output is missing" in refused(["evaluate", "--student", "smollm2-135m", "--output", ""], capsys)
     assert not output.exists()
