@@ -77,6 +77,7 @@ def _is_measurement(measurement: Any, like: Mapping[str, Any]) -> bool:
     return (
         isinstance(answers, list)
         and all(isinstance(answer, dict) and _ANSWER.issubset(answer) for answer in answers)
+        and all(isinstance(answer["id"], str) and isinstance(answer["correct"], bool) for answer in answers)
         and [answer["id"] for answer in answers] == [answer["id"] for answer in like["answers"] or []]
         and isinstance(losses, dict)
         and isinstance(scores, dict)

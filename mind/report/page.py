@@ -105,7 +105,7 @@ def write_report(runs: Sequence[Run], output: str | os.PathLike[str], latent: La
 
     runs: as `read_runs` returns them.
 
-    Raises: ValueError when `output` is a file or cannot be made.
+    Raises: ValueError when `output` is a file, cannot be made or cannot be written to.
     """
     if os.path.exists(output) and not os.path.isdir(output):
         raise ValueError(f"output: {output} is a file, want a folder")
@@ -128,11 +128,11 @@ def write_report(runs: Sequence[Run], output: str | os.PathLike[str], latent: La
     folder = Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for section in sections:
+            write_whole(folder / section.file, section.image)
+        write_whole(folder / PAGE_FILE, html)
     except OSError as error:
         raise ValueError(f"output: {output} cannot be made: {error.strerror}") from error
-    for section in sections:
-        write_whole(folder / section.file, section.image)
-    write_whole(folder / PAGE_FILE, html)
     return folder / PAGE_FILE
 
 

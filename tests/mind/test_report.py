@@ -236,6 +236,11 @@ def changed(**parts: dict[str, Any]) -> str:
         ("metrics.json", '{"version": 2, "before": {}}', "metrics.json: is of version 2, want 1"),
         ("metrics.json", '{"before": {}}', "metrics.json: 'before' is no measurement that mind train wrote"),
         ("metrics.json", changed(before={"answers": [{"id": "q"}]}), "metrics.json: 'before' is no measurement"),
+        (
+            "metrics.json",
+            changed(before={"answers": [{"id": "q", "wanted": "1", "given": "1", "correct": "maybe"}]}),
+            "metrics.json: 'before' is no measurement",
+        ),
         ("metrics.json", changed(before={"answers": 3}), "metrics.json: 'before' is no measurement"),
         ("metrics.json", changed(before={"perspective_loss": {"a": "x"}}), "metrics.json: 'before' is no measurement"),
         ("metrics.json", changed(after={"perspective_score": {"a": 1.0}}), "metrics.json: 'after' is no measurement"),
@@ -268,12 +273,14 @@ def test_arguments_that_cannot_be_used(runs: Path, tmp_path: Path, capsys: pytes
     run, student, data = (str(runs / name) for name in ("single", "student", "data.jsonl"))
     latent = ["--output", str(tmp_path / "report"), "--latent", f"a={student}", "--data", data]
     (tmp_path / "file").write_text("")
+    (tmp_path / "taken" / "report.html").mkdir(parents=True)
     for arguments, message in (
         ([], "no run is given"),
         (["--latent", f"a={student}"], "--latent and --data: want both"),
         ([run, "--data", data], "--latent and --data: want both"),
         ([run, "--output", str(tmp_path / "file")], "file is a file, want a folder"),
         ([run, "--output", str(tmp_path / "file" / "a")], "file/a cannot be made: Not a directory"),
+        ([run, "--output", str(tmp_path / "taken")], "taken cannot be made: Is a directory"),
         (latent, "latent: given 1 student, want at least two"),
         ([*latent, "--latent", student, "b=x"], "want NAME=STUDENT"),
         ([*latent, "--latent", "a=x", "a=y"], "the name a is given twice"),
@@ -284,7 +291,7 @@ def test_arguments_that_cannot_be_used(runs: Path, tmp_path: Path, capsys: pytes
         ([*latent, "--latent", f"a={student}", f"b={student}", "--max-new-tokens", "500"], "exceed the model's"),
     ):
         assert message in refused(arguments, capsys)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
 
 
 def test_metrics_have_a_version_and_those_of_the_first_runs_are_read(tmp_path: Path) -> None:
