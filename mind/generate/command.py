@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -158,6 +159,7 @@ class GenerateConfig:
         if self.top_logprobs and self.student is None:
             raise GenerateError("student: not given, want the one whose tokens top_logprobs are aligned to")
         PromptFormat(self.answer_suffix)
+        self._want("seed", 0 <= self.seed < 2**32, f"0 to {2**32 - 1}")
         self._want("extra_body", isinstance(self.fields_of_request, dict), "a JSON object")
 
     def _want(self, name: str, holds: bool, wanted: str) -> None:
@@ -269,6 +271,8 @@ class Files:
     def of(cls, config: GenerateConfig) -> Files:
         """Raises: GenerateError when the output cannot be, or is a file that another program wrote."""
         output = Path(config.output)
+        if not output.name:
+            raise GenerateError(f"output: given {config.output!r}, want a file")
         name = output.name.removesuffix(".jsonl")
         files = cls(
             output, *(output.with_name(f"{name}.{kind}") for kind in ("ledger.jsonl", "report.json", "topk.parquet"))
@@ -277,6 +281,10 @@ class Files:
             raise GenerateError(f"output: {output.parent} is no folder, want one to write {output.name} in")
         if output.exists() and not files.ledger.exists():
             raise GenerateError(f"output: {output} exists already without {files.ledger.name}, want a new file")
+        try:  # a lock that cannot be made would look like another's
+            tempfile.TemporaryFile(dir=output.parent).close()
+        except OSError as error:
+            raise GenerateError(f"output: {output.parent} cannot be written to: {error.strerror}") from error
         return files
 
 

@@ -78,6 +78,9 @@ class Ledger:
                 self._mend()
                 for key, answer in self._read():
                     self.answers[key] = replace(answer, topk=None)
+        except OSError as error:
+            self._lock.release()
+            raise GenerateError(f"{self.path}: cannot be read: {error.strerror}") from error
         except BaseException:
             self._lock.release()
             raise
@@ -136,7 +139,7 @@ class Ledger:
                     topk = fields["topk"] and TopK.from_json(fields["topk"])
                     names = ("text", "finish_reason", "prompt_tokens", "completion_tokens", "refusal")
                     yield fields["key"], Answer(**{name: fields[name] for name in names}, topk=topk)
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise GenerateError(
                         f"{self.path}:{number}: is no answer of mind generate ({type(error).__name__}: {error}): "
                         "delete the line to ask its question again"

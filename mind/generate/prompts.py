@@ -36,7 +36,7 @@ def read_prompts(folder: str | os.PathLike[str] | None = None) -> dict[str, str]
         if file.name.startswith("."):  # an editor's or a file manager's
             continue
         try:
-            text = file.read_text(encoding="utf-8").strip()
+            text = file.read_text(encoding="utf-8-sig").strip()  # some editors begin a file with a mark
         except (OSError, UnicodeDecodeError) as error:
             raise GenerateError(f"prompts: {file} cannot be read: {error}") from error
         for field in FIELDS:

@@ -104,9 +104,14 @@ class ServerTeacher:
     retry_wait: float = 1.0
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
+        wanted = "base_url: want an address like http://localhost:8000/v1"
+        try:
+            parts = urlsplit(self.base_url)
+            _ = parts.port
+        except ValueError:  # a bracket that is not closed, a port beyond 65535; its message may hold a secret
+            raise GenerateError(wanted) from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise GenerateError("base_url: want an address like http://localhost:8000/v1")
+            raise GenerateError(wanted)
         if parts.username or parts.password or parts.query:
             raise GenerateError("base_url: holds a user name, password or query, want keys in the environment only")
 

@@ -405,6 +405,9 @@ def test_a_server_that_does_not_answer(
             {"base_url": f"http://user:{KEY}@localhost/v1"},
             "base_url: holds a user name, password or query, want keys in",
         ),
+        ({"base_url": "http://[::1/v1"}, "base_url: want an address like http://localhost:8000/v1"),
+        ({"base_url": "http://localhost:99999/v1"}, "base_url: want an address like http://localhost:8000/v1"),
+        ({"base_url": f"http://user:{KEY}"}, "base_url: want an address like http://localhost:8000/v1"),
         (
             {"base_url": f"http://localhost/v1?key={KEY}"},
             "base_url: holds a user name, password or query, want keys in",
@@ -418,6 +421,9 @@ def test_a_server_that_does_not_answer(
         ({"prompts": "no/such"}, "prompts: no/such is no folder"),
         ({"data": "no/such.jsonl"}, "no/such.jsonl: no such file or folder"),
         ({"output": "no/such/out.jsonl"}, "output: no/such is no folder, want one to write out.jsonl in"),
+        ({"output": "."}, "output: given '.', want a file"),
+        ({"output": "/proc/out.jsonl"}, "output: /proc cannot be written to: "),  # nobody can
+        ({"seed": 2**64}, "seed: given 18446744073709551616, want 0 to 4294967295"),
         ({"betta": 1}, "unrecognized arguments: --betta=1"),
         ({"teacher": None}, "the following arguments are required: --teacher"),
     ],

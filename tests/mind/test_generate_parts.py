@@ -60,6 +60,9 @@ def test_an_extra_perspective_is_an_extra_file(tmp_path: Path) -> None:
     prompts = read_prompts(tmp_path / "mine")
     assert [*prompts] == [*(name for name in PERSPECTIVES if name != "planning"), "by_drawing"]
     assert prompts["by_drawing"] == "Draw: {question}\n{answer_line}"
+    marked = b"\xef\xbb\xbf" + (tmp_path / "mine" / "by_drawing.txt").read_bytes()
+    (tmp_path / "mine" / "by_drawing.txt").write_bytes(marked)  # as some editors write UTF-8
+    assert read_prompts(tmp_path / "mine") == prompts
     with pytest.raises(GenerateError, match="exists already, want a new folder"):
         copy_prompts(tmp_path / "mine")
 
@@ -143,12 +146,15 @@ def test_a_ledger_that_cannot_be_used(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with Ledger(path), pytest.raises(GenerateError, match="another mind generate is writing to it"), Ledger(path):
         pass
-    for line in ("nonsense", "[]", '{"key": 1}'):
+    for line in ("nonsense", "[]", '{"key": 1}', "[" * 100_000):
         path.write_text(line + "\n")
         with pytest.raises(GenerateError, match=r"a\.jsonl:1: is no answer of mind generate"), Ledger(path):
             pass
         with pytest.raises(GenerateError, match=":1: "), Ledger(path):  # and the lock is free again
             pass
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(GenerateError, match="folder: cannot be read: Is a directory"), Ledger(tmp_path / "folder"):
+        pass
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
