@@ -143,7 +143,13 @@ class MindConfig(TrainingArguments):
     use_lora: bool = field(default=False, metadata={"help": "Train LoRA adapters on all linear layers only."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters: alpha / r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapters."})
+    lora_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Dropout of the adapters. As any dropout of the student, it disturbs the losses of selected "
+            "rationales that the assistant learns from, not those of the others."
+        },
+    )
 
     # TrainingArguments with other defaults
     output_dir: str = field(default="runs/mind", metadata={"help": "Folder of checkpoints, logs and the final model."})

@@ -267,7 +267,8 @@ class MindTrainer(Trainer):
     def _measure(self, questions: Sequence[EncodedQuestion], wanted: Tensor) -> Tensor:
         """The student's loss on the wanted rationales (B, K), fp32 nats per token, 0 elsewhere; forward-only.
 
-        The student is in eval mode, so no dropout disturbs these losses, as it does those of a training pass.
+        The student is in eval mode, so no dropout disturbs these losses, as it does those of a training pass: where the
+        student has some, the assistant sees selected rationales a little harder than the others.
         """
         if not bool(wanted.any()):
             return torch.zeros(wanted.shape, device=self.args.device)
