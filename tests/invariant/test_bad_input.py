@@ -156,6 +156,7 @@ def test_heldout_questions(inputs: Path, tmp_path: Path, capsys: pytest.CaptureF
         ({"accelerator_config": '{"even_batches": false}'}, "accelerator_config: given even_batches = False, want"),
         ({"accelerator_config": '{"split_batches": true}'}, "accelerator_config: given split_batches = True, want"),
         ({"accelerator_config": "no.json"}, "No such file or directory: 'no.json'"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers: given -1, want a number that is not negative"),
         ({"resume_from_checkpoint": "true"}, "holds no whole checkpoint, want one"),
         (
             {"resume_from_checkpoint": "no/such"},
