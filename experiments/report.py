@@ -2,15 +2,18 @@
 
     python -m experiments.report [--output experiments/RESULTS.md]
 
-Intervals are 95 % bootstrap intervals over questions; a question's value is the mean over the seeds. A difference is
-paired: the same questions, this method minus the baseline. ± is the standard deviation over seeds. The rank correlation
-of the assistant's scores and the student's losses, within a question, is −1 when perfectly calibrated.
+Intervals are 95 % bootstrap intervals over questions and seeds: both are drawn, since with another seed a student
+answers other questions. Three seeds are few to draw from; one says nothing of others, its interval is over questions
+alone. A difference is paired: the same questions, this method minus the baseline. ± is the standard deviation over
+seeds. The rank correlation of the assistant's scores and the student's losses, within a question, is −1 when perfectly
+calibrated.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +28,7 @@ import matplotlib.pyplot as plt
 from bench.report import table
 from experiments.common import RESULTS
 from experiments.methods import METHODS, UNTRAINED
-from mind.bootstrap import bootstrap_means, interval
+from mind.bootstrap import DRAWS, interval
 from mind.config import MindConfig
 
 BASELINE = "no_fusion"
@@ -45,14 +48,34 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return text if len(values) < 2 else f"{text} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def _per_question(runs: Sequence[Document], split: str) -> np.ndarray:
-    """(questions,) share of the seeds that answered right."""
-    return np.mean([run[split]["correct"] for run in runs], axis=0)
+def _correct(runs: Sequence[Document], split: str) -> np.ndarray:
+    """(seeds, questions) 1 where the answer is right."""
+    return np.array([run[split]["correct"] for run in runs], dtype=np.float64)
 
 
-def _percent(values: np.ndarray, key: str, sign: str = "") -> str:
-    low, high = interval(bootstrap_means(values.tolist(), key))
-    return f"{100 * values.mean():{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+def _percent(values: np.ndarray, key: str, baseline: np.ndarray | None = None, sign: str = "") -> str:
+    """The mean of values (seeds, questions), or how far it lies above a baseline's on the same questions."""
+    low, high = interval(bootstrap(values, key, baseline))
+    mean = values.mean() - (0.0 if baseline is None else baseline.mean())
+    return f"{100 * mean:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+
+
+def bootstrap(values: np.ndarray, key: str, baseline: np.ndarray | None = None) -> np.ndarray:
+    """(DRAWS,) means of bootstrap samples of values (seeds, questions), minus those of a baseline.
+
+    A sample draws seeds and questions, the questions for both the same; key: other keys have other draws.
+    """
+    generator = np.random.default_rng([0, zlib.crc32(key.encode())])
+
+    def draw(n: int) -> np.ndarray:  # (DRAWS, n): the share of each of n things in n draws with replacement
+        return generator.multinomial(n, np.full(n, 1 / n), size=DRAWS) / n
+
+    questions = draw(values.shape[1])
+
+    def means(of: np.ndarray) -> np.ndarray:
+        return (draw(len(of)) @ of * questions).sum(1)  # (DRAWS, seeds) @ (seeds, questions) -> (DRAWS, questions)
+
+    return means(values) - (0.0 if baseline is None else means(baseline))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,8 +109,7 @@ def methods_section(documents: Sequence[Document], output: Path) -> list[str]:
             runs = by_method[method]
             difference = "–"
             if baseline and method not in (BASELINE, UNTRAINED):
-                paired = _per_question(runs, "test") - _per_question(baseline, "test")
-                difference = _percent(paired, f"{data} {method}", "+")
+                difference = _percent(_correct(runs, "test"), f"{data} {method}", _correct(baseline, "test"), "+")
             trained = method != UNTRAINED
             logs = [run.get("log", {}) for run in runs]
             scored = trained and all(log["rank_correlation"] for log in logs)
@@ -96,9 +118,9 @@ def methods_section(documents: Sequence[Document], output: Path) -> list[str]:
                     _code(method),
                     str(len(runs)),
                     _spread([run["validation_loss"] for run in runs], 3),
-                    _percent(_per_question(runs, "test"), f"{data} test {method}"),
+                    _percent(_correct(runs, "test"), f"{data} test {method}"),
                     difference,
-                    _percent(_per_question(runs, "ood"), f"{data} ood {method}"),
+                    _percent(_correct(runs, "ood"), f"{data} ood {method}"),
                     f"{100 * np.mean([run['test']['answered'] for run in runs]):.0f}",
                     f"{np.mean([run['steps'] for run in runs]):.0f}" if trained else "–",
                     f"{np.mean([np.mean(log['selected_rationales']) for log in logs]):.2f}" if trained else "–",
@@ -169,7 +191,7 @@ def choice_section(documents: Sequence[Document]) -> list[str]:
                         else ("–", "–")
                     ),
                     f"{document['validation_loss']:.4f}",
-                    _percent(_per_question([document], "validation"), " ".join(map(str, settings.values()))),
+                    _percent(_correct([document], "validation"), " ".join(map(str, settings.values()))),
                 ]
             )
     if not rows:
@@ -185,8 +207,8 @@ def _plot_methods(by_method: dict[str, list[Document]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.4 * len(names) + 1.4), sharey=True, layout="constrained")
     for place, name in enumerate(names):
         runs = by_method[name]
-        values = _per_question(runs, "test")
-        low, high = interval(bootstrap_means(values.tolist(), name))
+        values = _correct(runs, "test")
+        low, high = interval(bootstrap(values, name))
         axes[1].plot([100 * low, 100 * high], [place, place], color="tab:blue", linewidth=2)
         axes[1].plot(100 * values.mean(), place, "o", color="tab:blue")
         axes[1].plot([100 * run["test"]["accuracy"] for run in runs], [place] * len(runs), "|", color="black")
@@ -244,7 +266,7 @@ def tolerance_section(documents: Sequence[Document], output: Path) -> list[str]:
                 np.abs(np.subtract(a["losses"], b["losses"])).mean() for a, b in zip(found, reference, strict=True)
             ]
             change = [a["validation_loss"] - b["validation_loss"] for a, b in zip(found, reference, strict=True)]
-            paired = _per_question(found, "test") - _per_question(reference, "test")
+            paired = _correct(found, "test") - _correct(reference, "test")  # of a seed: the same batches
             is_exact = kind == EXACT
             cells = [
                 _name(kind),
@@ -253,7 +275,7 @@ def tolerance_section(documents: Sequence[Document], output: Path) -> list[str]:
                 "–" if is_exact else _spread([1e3 * value for value in change], 2),
                 "–" if is_exact else f"{1e3 * np.mean(curves):.2f}",
                 f"{100 * np.mean([run['test']['accuracy'] for run in found]):.1f}",
-                "–" if is_exact else _percent(paired, f"{training} {kind}", "+"),
+                "–" if is_exact else _percent(paired, f"{training} {kind}", sign="+"),
                 f"{100 * np.mean([run['kept_share'] for run in found]):.1f}",
             ]
             if training == "full":

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "mind"))
@@ -14,6 +15,7 @@ from tiny import tiny_student, tiny_tokenizer
 
 from experiments import common, gradient_tolerance, methods, report
 from experiments.common import accuracy
+from mind.bootstrap import bootstrap_means, interval
 from mind.problems import generate_records
 
 
@@ -189,6 +191,26 @@ def test_report_tells_what_the_files_hold(folder: Path, tmp_path: Path) -> None:
     assert "a CPU; commit 0123456789" in text
     for picture in ("methods-s-svamp.png", "methods-s-svamp-2.png"):
         assert (tmp_path / picture).stat().st_size > 1000 and text.count(f"({picture})") == 1
+
+
+def test_an_interval_knows_that_seeds_differ() -> None:
+    """One seed gains 3 questions of 100 and the other loses 2, each time others: that is no gain of [0, 1.5]."""
+    without, with_method = np.zeros((2, 100)), np.zeros((2, 100))
+    without[0, :3], without[1, 0] = 1, 1
+    with_method[0, 0], with_method[1, :4] = 1, 1
+    draws = report.bootstrap(with_method, "key", without)
+    low, high = report.interval(draws)
+    assert abs(draws.mean() - 0.005) < 2e-3
+    assert low < -0.02 and high > 0.03
+    assert report.interval(report.bootstrap(with_method, "key", with_method)) != [0.0, 0.0]
+
+
+def test_an_interval_of_one_seed_is_that_over_questions() -> None:
+    values = np.array([[1.0] * 10 + [0.0] * 40])
+    low, high = report.interval(report.bootstrap(values, "key"))
+    wanted = interval(bootstrap_means(values[0].tolist(), "key"))
+    assert abs(low - wanted[0]) <= 0.02 and abs(high - wanted[1]) <= 0.02
+    assert report.interval(report.bootstrap(values, "key", values)) == [0.0, 0.0]  # the same questions
 
 
 def test_accuracy_counts_what_holds_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
