@@ -25,6 +25,7 @@ from mind_kernels import fused_linear_cross_entropy, fused_linear_kl
 from mind_kernels.arguments import choose_backend
 
 QUACK_CHUNK = 4096  # the default of its function
+QUACK_ROWS = 8  # it asserts a multiple of them
 TRL_VOCABULARY_CHUNK = 32_768  # what its own trainer passes
 
 
@@ -102,21 +103,30 @@ def from_rows(case: LossCase, rows: RowLosses, mean: MeanLoss | None = None) -> 
     return Call(loss, "losses per row × weights; the deselected rows in a second call without a gradient")
 
 
-def from_mean(case: LossCase, mean: MeanLoss) -> Call:
-    """A peer with a mean over all rows alone: a MIND batch is its token mean over the selected rationales."""
+def from_mean(case: LossCase, mean: MeanLoss, multiple: int = 1) -> Call:
+    """A peer with a mean over all rows alone: a MIND batch is its token mean over the selected rationales.
+
+    It is given their rows alone, since it would multiply ignored ones by the head too; multiple: of how many rows it
+    wants a multiple, made up by ignored ones.
+    """
     if case.batch == "rows":
         return Call(lambda given: mean(*given.leaves, given.labels))
 
-    def selected(given: Inputs) -> Tensor:
-        return given.labels.where(given.row_weights != 0, IGNORE_INDEX)
+    def loss(given: Inputs) -> Tensor:
+        X, W = given.leaves
+        active = (given.row_weights != 0).nonzero().squeeze(1)
+        ignored = (given.labels == IGNORE_INDEX).nonzero().squeeze(1)
+        index = torch.cat([active, ignored[: -len(active) % multiple]])
+        return mean(X[index], W, given.labels[index])
 
     def row_weights(given: Inputs) -> Tensor:
         active = given.row_weights != 0
         return active / active.sum()
 
     return Call(
-        lambda given: mean(*given.leaves, selected(given)),
-        "token mean over the selected rationales: it cannot weight them, and the deselected ones' losses are missing",
+        loss,
+        "token mean over the rows of the selected rationales: it cannot weight them, and the deselected ones' losses "
+        "are missing",
         row_weights,
     )
 
@@ -334,7 +344,10 @@ def quack(case: LossCase, device: str, dtype: torch.dtype) -> Call:
     _no_softcap(case)
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return from_mean(case, lambda X, W, labels: chunked_linear_cross_entropy(X, W, labels, chunk_size=QUACK_CHUNK))
+    def mean(X: Tensor, W: Tensor, labels: Tensor) -> Tensor:
+        return chunked_linear_cross_entropy(X, W, labels, chunk_size=QUACK_CHUNK)
+
+    return from_mean(case, mean, QUACK_ROWS)
 
 
 def trl(case: LossCase, device: str, dtype: torch.dtype) -> Call:

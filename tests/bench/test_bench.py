@@ -232,6 +232,23 @@ def test_a_peer_that_cannot_weight_rationales_is_held_to_what_it_computes() -> N
     assert rows["pretender"]["status"] == WRONG
 
 
+def test_a_peer_with_a_mean_alone_gets_the_rows_that_count() -> None:
+    """Not the prompts, the padding and what was deselected: no other provider multiplies these by the head."""
+    numbers: list[int] = []
+
+    def mean(X: Tensor, W: Tensor, labels: Tensor) -> Tensor:
+        numbers.append(len(X))
+        assert X.is_contiguous() and len(labels) == len(X)
+        return F.cross_entropy(F.linear(X, W), labels)
+
+    document, rows = measure(
+        Provider("mean", "torch", lambda case, device, dtype: from_mean(case, mean, multiple=8)), case="tiny-mind"
+    )
+    active = document["rows_with_gradient"]
+    assert rows["mean"]["status"] == OK and active % 8
+    assert set(numbers) == {active + 8 - active % 8} and numbers[0] < document["rows_checked"]
+
+
 def test_the_reference_is_autograd_in_fp64() -> None:
     given = make_inputs(LOSS_CASES["tiny"], 24, torch.float32, "cpu")
     X, W = (leaf.detach().double().requires_grad_() for leaf in given.leaves)
