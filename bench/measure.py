@@ -180,11 +180,16 @@ def training_step(call: Call, given: Inputs, clock: Clock) -> tuple[dict[str, fl
 
 
 def step_times(call: Call, given: Inputs, clock: Clock) -> dict[str, float]:
-    """A training step's times, and forward: without a gradient."""
+    """A training step's times, and forward: without a gradient.
+
+    Under no_grad a model's hidden states require none, and a peer that looks there (Liger) then makes none; its head's
+    weight, a parameter, still does.
+    """
+    without = replace(given, hidden_states=given.hidden_states.detach())
 
     def forward() -> None:
         with torch.no_grad():
-            call.loss(given)
+            call.loss(without)
 
     return {"forward": clock(forward)} | training_step(call, given, clock)[0]
 

@@ -249,6 +249,19 @@ def test_a_peer_with_a_mean_alone_gets_the_rows_that_count() -> None:
     assert set(numbers) == {active + 8 - active % 8} and numbers[0] < document["rows_checked"]
 
 
+def test_a_forward_without_gradient_is_given_hidden_states_without_one() -> None:
+    """As a model under no_grad gives them: one that asks them whether a gradient is wanted must not make it."""
+    wanted = []
+
+    def loss(given: Inputs) -> Tensor:
+        wanted.append((torch.is_grad_enabled(), given.hidden_states.requires_grad, given.lm_head_weight.requires_grad))
+        return plain(given)
+
+    _, rows = measure(provider("asks", loss))
+    assert rows["asks"]["status"] == OK
+    assert set(wanted) == {(True, True, True), (False, False, True)}
+
+
 def test_the_reference_is_autograd_in_fp64() -> None:
     given = make_inputs(LOSS_CASES["tiny"], 24, torch.float32, "cpu")
     X, W = (leaf.detach().double().requires_grad_() for leaf in given.leaves)
