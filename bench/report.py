@@ -42,14 +42,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
 
 
 def merge(documents: Sequence[Document]) -> dict[str, Document]:
-    """Cases of several runs on one device by their id; a provider's row comes from the last run that has a number."""
+    """Cases of several runs on one device by their id; a provider's row comes from the last run that tried it."""
     cases: dict[str, Document] = {}
     for document in documents:
         for case in document["cases"]:
             known = cases.get(case["id"], {"rows": []})
             rows = {row["provider"]: row for row in known["rows"]}
             for row in case["rows"]:
-                if row["status"] != NOT_RUN or row["provider"] not in rows:
+                if row["status"] not in (NOT_RUN, UNAVAILABLE) or row["provider"] not in rows:
                     rows[row["provider"]] = _own_scale(row, case)
             cases[case["id"]] = known | case | {"rows": list(rows.values())}
     return cases
@@ -60,9 +60,9 @@ def _own_scale(row: Document, case: Document) -> Document:
     return {"roofline_ms": case.get("roofline_ms"), "products": case.get("products")} | row
 
 
-def ratio(row: Document, case: Document) -> float:
-    """p50 of forward + backward as a multiple of the roofline of the run that measured it."""
-    return row["times"]["both"]["p50"] / (row.get("roofline_ms") or case["roofline_ms"])["both"]
+def ratio(row: Document, case: Document, quantile: str = "p50") -> float:
+    """Forward + backward as a multiple of the roofline of the run that measured it."""
+    return row["times"]["both"][quantile] / (row.get("roofline_ms") or case["roofline_ms"])["both"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def _speed(case: Document, ours: Document, best: Document) -> list[str]:
         f"`{best['provider']}` is the fastest peer at {theirs:.2f} × the roofline; `{ours['provider']}` takes "
         f"{mine:.2f} ×"
     )
-    if _overlap(ours, best):
+    if _overlap(case, ours, best):
         sentence += ", the same within this run's noise."
     elif relation < 0:
         sentence += f", {-relation:.0%} less: this project is the fastest here."
@@ -102,10 +102,9 @@ def _speed(case: Document, ours: Document, best: Document) -> list[str]:
     return [sentence, _why(case, ours), _why(case, best)]
 
 
-def _overlap(a: Document, b: Document) -> bool:
-    """Whether the p20 to p80 of two rows of one run overlap."""
-    x, y = a["times"]["both"], b["times"]["both"]
-    return x["p20"] <= y["p80"] and y["p20"] <= x["p80"]
+def _overlap(case: Document, a: Document, b: Document) -> bool:
+    """Whether the p20 to p80 of two rows overlap, each as a multiple of its own run's roofline."""
+    return ratio(a, case, "p20") <= ratio(b, case, "p80") and ratio(b, case, "p20") <= ratio(a, case, "p80")
 
 
 def _why(case: Document, row: Document) -> str:

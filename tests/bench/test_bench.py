@@ -404,6 +404,28 @@ def test_the_words_follow_the_numbers(ours: float, peak: int, wanted: str) -> No
     assert wanted in report.paragraph(case)
 
 
+def test_rows_of_two_runs_are_compared_by_their_own_rooflines() -> None:
+    """On a machine that was twice as slow for the peer, the same milliseconds are half the multiple."""
+    case = {"products": {"backward": {"p50": 66.0}}, "roofline_ms": {"both": 100.0}, "id": "case"}
+    first = case | {"rows": [timed("mind", 110.0, 2**20)]}
+    second = case | {"rows": [timed("peer", 110.0, 2**20)], "roofline_ms": {"both": 50.0}}
+    merged = report.merge([{"cases": [first]}, {"cases": [second]}])["case"]
+    assert "50% less: this project is the fastest here" in report.paragraph(merged)
+
+
+@pytest.mark.parametrize("status", [NOT_RUN, UNAVAILABLE])
+def test_a_run_without_a_provider_takes_no_number_away(status: str) -> None:
+    case = {"id": "case", "roofline_ms": {"both": 100.0}, "products": {"backward": {"p50": 66.0}}}
+    missing = {"provider": "quack", "status": status, "reason": "quack-kernels is not installed"}
+    documents = [{"cases": [case | {"rows": [timed("quack", 110.0, 2**20)]}]}, {"cases": [case | {"rows": [missing]}]}]
+    for of in (documents, documents[::-1]):
+        assert [row["status"] for row in report.merge(of)["case"]["rows"]] == [OK]
+    wrong = missing | {"status": WRONG}
+    assert [r["status"] for r in report.merge([*documents, {"cases": [case | {"rows": [wrong]}]}])["case"]["rows"]] == [
+        WRONG
+    ]
+
+
 def test_where_memory_runs_out() -> None:
     assert report.largest_rows([(1000, 10_000), (10, 5_000), (2000, 20_000)], 50_000) == 5000
     assert report.largest_rows([(1000, 10_000), (2000, 20_000)], 5) == 0
