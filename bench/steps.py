@@ -3,8 +3,8 @@
     python -m bench.steps [--device cuda] [--students NAME …] [--trainers NAME …] [--questions 1] [--results FILE]
 
 All train the same student on the same questions of K = 8 rationales with the same optimiser (AdamW, bf16 autocast over
-fp32 weights). To the others a question is 8 examples, and its loss a mean over tokens. Each runs in a process of its
-own: one that fails or is out of memory is a row, and the others go on.
+fp32 weights) in the same order, so that each step reads the same. To the others a question is 8 examples, and its loss
+a mean over tokens. Each runs in a process of its own: one that fails or is out of memory is a row, the others go on.
 
     mind              MindTrainer, method "mind": the assistant selects; the others' losses are measured forward-only
     mind-no-fusion    MindTrainer, method "no_fusion": all 8 rationales are trained on, as everywhere below
@@ -174,6 +174,20 @@ class Memory:
         return self._status("VmHWM:") - self.before
 
 
+def in_order(trainer_class: type) -> type:
+    """A Trainer that reads its data set from the first to the last.
+
+    Shuffled, every trainer would be timed on other questions, and the rationales of several in one batch would be
+    padded to the longest of them.
+    """
+
+    class InOrder(trainer_class):  # type: ignore[misc, valid-type]
+        def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler[int]:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    return InOrder
+
+
 def train(trainer_name: str, student: str, device: str, questions: int, steps: int, warmup: int) -> dict[str, Any]:
     """Trains warmup + steps steps and returns seconds of each measured step and the peak above the weights.
 
@@ -228,7 +242,9 @@ def train(trainer_name: str, student: str, device: str, questions: int, steps: i
                 per_device_train_batch_size=questions,
                 **common,
             )
-            trainer: Any = MindTrainer(model, settings, dataset, processing_class=tokenizer, callbacks=[Clock()])
+            trainer: Any = in_order(MindTrainer)(
+                model, settings, dataset, processing_class=tokenizer, callbacks=[Clock()]
+            )
         elif trainer_name.startswith("transformers"):
             settings = TrainingArguments(
                 per_device_train_batch_size=questions * K,
@@ -236,7 +252,9 @@ def train(trainer_name: str, student: str, device: str, questions: int, steps: i
                 use_liger_kernel=trainer_name.endswith("liger"),
                 **common,
             )
-            trainer = Trainer(model, settings, data_collator=pad, train_dataset=expanded(dataset), callbacks=[Clock()])  # type: ignore[arg-type]
+            trainer = in_order(Trainer)(
+                model, settings, data_collator=pad, train_dataset=expanded(dataset), callbacks=[Clock()]
+            )
         else:
             from datasets import Dataset
             from trl import SFTConfig, SFTTrainer
@@ -244,7 +262,7 @@ def train(trainer_name: str, student: str, device: str, questions: int, steps: i
             settings = SFTConfig(
                 per_device_train_batch_size=questions * K, max_length=4096, gradient_checkpointing=False, **common
             )
-            trainer = SFTTrainer(
+            trainer = in_order(SFTTrainer)(
                 model,
                 settings,
                 train_dataset=Dataset.from_list(expanded(dataset)),

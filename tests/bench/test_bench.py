@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import Qwen2Model
 
 from bench import compare, losses, report, steps
 from bench.inputs import Inputs, make_inputs, reference
@@ -478,6 +479,29 @@ def test_compare(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole training steps
+
+
+@pytest.mark.parametrize("trainer", ["transformers", "trl"])
+def test_a_step_of_the_others_is_whole_questions_in_order_too(trainer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rationales of several questions in a batch are padded to a longer one, and other steps read other questions."""
+    if trainer == "trl":
+        pytest.importorskip("trl")
+    read: list[list[tuple[int, ...]]] = []  # of each step, how its prompts begin: at random, and so told apart
+    forward = Qwen2Model.forward
+
+    def record(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+        read.append(sorted({tuple(row[:8].tolist()) for row in input_ids}))
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(Qwen2Model, "forward", record)
+    steps.train(trainer, "tiny-random", "cpu", questions=1, steps=2, warmup=1)
+    prompts = [tuple(example["input_ids"][:8]) for example in steps.expanded(tiny_questions())[:: steps.K]]
+    assert read == [[prompt] for prompt in prompts[:3]]
+
+
+def tiny_questions() -> Any:
+    model, tokenizer = steps.make_student("tiny-random", "cpu")
+    return steps.make_dataset("tiny-random", tokenizer, model.config.vocab_size, 4)
 
 
 @pytest.mark.parametrize("trainer", ["mind", "transformers"])
