@@ -310,7 +310,10 @@ def measure_case(
         if row.reason:
             row.status = WRONG
             continue
-        attempt(row, lambda row=row, call=call: _first_step(row, call, inputs, device, products_ms))
+        if checked is not inputs:  # what was compiled is for other rows
+            attempt(row, lambda call=call: run_once(call, inputs))
+        if row.status == OK:
+            attempt(row, lambda row=row, call=call: _first_step(row, call, inputs, device, products_ms))
         if row.status == OK and not row.times:
             calls[row.provider] = call
     exact.clear()

@@ -104,6 +104,23 @@ def test_what_is_slow_beside_the_products_too_is_measured_once(monkeypatch: pyte
         assert rows["slow"]["times"]["both"]["p50"] > 50
 
 
+def test_what_is_compiled_for_other_rows_than_were_checked_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+
+    def compiled(given: Inputs) -> Tensor:
+        rows = len(given.labels)
+        time.sleep(0.0 if rows in seen else 0.2)
+        seen.add(rows)
+        return plain(given)
+
+    monkeypatch.setattr("bench.measure.REFERENCE_FLOP", {"cpu": 12 * 6 * 16 * 96})
+    monkeypatch.setattr("bench.measure.SLOW_SECONDS", 0.1)
+    monkeypatch.setattr("bench.measure.SLOW_FACTOR", 0.0)
+    document, rows = measure(provider("compiled", compiled))
+    assert document["rows_checked"] == 12 and seen == {12, 24}
+    assert rows["compiled"]["rounds"] >= 3 and rows["compiled"]["times"]["both"]["p80"] < 100
+
+
 def test_out_of_memory_is_a_row_and_the_others_go_on() -> None:
     calls = 0
 
