@@ -68,6 +68,7 @@ def attach_mind_loss(model: nn.Module, **loss_options: Any) -> MindAttachment:
 
     model: a PreTrainedModel, or one inside a PeftModel or DistributedDataParallel. Its head must be a plain nn.Linear.
         For FSDP2 attach first, then fully_shard the layers and the model (head and base in the model's own group).
+        Attach after what replaces the head, such as resize_token_embeddings.
     loss_options: settings of mind_kernels.MindLoss. logit_scale and logit_softcap default to what the config says
         (logits_scaling, logit_scale, final_logit_softcapping).
 
@@ -217,7 +218,15 @@ class MindAttachment:
         return_hidden_states: bool = False,
         **tensors: Any,  # answer_index, supervised_index, teacher, num_questions: as mind_loss takes them
     ) -> MindOutput:
-        """The loss of what the base model makes of inputs (the original forward's arguments by name)."""
+        """The loss of what the base model makes of inputs (the original forward's arguments by name).
+
+        Raises: ValueError naming the argument, or when the model has another head than when the loss was attached.
+        """
+        if self.model.get_output_embeddings() is not self.head:
+            raise ValueError(
+                f"model: the head of this {type(self.model).__name__} was replaced after the MIND loss was attached, "
+                "as by resizing or adapting it; wanted the same: detach() and attach again"
+            )
         if rationale_weights is None:
             raise ValueError("rationale_weights: given None with shift_labels, wanted a tensor of shape (B, K)")
         for name in ("labels", "num_items_in_batch"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -505,6 +506,44 @@ def test_adapted_head_is_refused_with_the_remedy(settings: dict) -> None:
     with pytest.raises(ValueError, match="leave it out of target_modules") as error:
         attach_mind_loss(lora(**settings))
     assert "\n" not in str(error.value)
+
+
+def _resize(model: nn.Module) -> None:
+    model.resize_token_embeddings(V + 3, mean_resizing=False)
+
+
+def _adapt(**settings) -> Callable[[nn.Module], Any]:
+    return lambda model: get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], **settings))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _resize,
+        _adapt(modules_to_save=["lm_head"]),
+        lambda model: get_peft_model(model, LoraConfig(target_modules=["lm_head"])),
+    ],
+    ids=["resized", "modules_to_save", "lora"],
+)
+def test_a_head_that_was_replaced_since_is_refused(change: Callable[[nn.Module], Any]) -> None:
+    """The loss would go on with the head that it found, and what is trained since would get no gradient."""
+    model = build("llama")
+    attachment = attach_mind_loss(model)
+    change(model)
+    with pytest.raises(ValueError, match="the head of this LlamaForCausalLM was replaced") as error:
+        model(**mind_inputs())
+    assert "\n" not in str(error.value)
+    attachment.detach()
+
+
+def test_a_tied_head_may_be_resized() -> None:
+    model = build("gemma3")
+    attachment = attach_mind_loss(model)
+    _resize(model)
+    loss = model(**mind_inputs()).loss
+    attachment.detach()
+    attach_mind_loss(model)
+    assert torch.equal(model(**mind_inputs()).loss, loss)
 
 
 class QuantisedLinear(nn.Linear):
