@@ -48,7 +48,7 @@ def _pack(options: Any) -> tuple[list[Tensor | None], dict[str, Any]]:
         if isinstance(value, torch.Size):  # losses_shape, which may be symbolic: an operator returns (R,)
             plain[name] = [-1]
         elif isinstance(value, Tensor):
-            tensors.append(value)
+            tensors.append(value.detach())  # never differentiated
             plain[name] = {"tensor": len(tensors) - 1}
         elif isinstance(value, torch.dtype):
             plain[name] = {"dtype": str(value).removeprefix("torch.")}

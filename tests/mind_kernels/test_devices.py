@@ -35,7 +35,7 @@ from mind_kernels import (
 )
 from mind_kernels.arguments import choose_backend
 from mind_kernels.combined.reference import reference_mind_loss
-from mind_kernels.teachers import Teacher, TeacherLogits
+from mind_kernels.teachers import Teacher, TeacherHidden, TeacherLogits
 from mind_kernels.testing import MindCase, random_case, random_teacher, relative_error
 from mind_kernels.triton_multiply import multiply_kernel
 
@@ -355,6 +355,27 @@ def test_a_frozen_head_costs_no_weight_gradient_when_compiled(monkeypatch: pytes
     assert made == []
     torch.autograd.grad(function(case.hidden_states, case.lm_head_weight), case.hidden_states)
     assert made
+
+
+def test_a_teacher_within_the_graph_is_not_differentiated() -> None:
+    """Its attention has a backward that does not take the missing gradient of a teacher whose weights may have one."""
+    torch._dynamo.reset()
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    lm_head_weight = torch.randn(17, 8, requires_grad=True)
+    teacher_weight = torch.randn(8, 8, requires_grad=True)
+    teacher_head = torch.randn(17, 8, requires_grad=True)
+    shift_labels = torch.zeros(2, 5, dtype=torch.int64)
+
+    def function() -> Tensor:
+        query = x.detach() @ teacher_weight
+        states = torch.nn.functional.scaled_dot_product_attention(query[None], query[None], query[None])[0]
+        return fused_linear_kl(x, lm_head_weight, TeacherHidden(states, teacher_head), shift_labels)[0]
+
+    wanted = torch.autograd.grad(function(), (x, lm_head_weight))
+    torch.compile(function, fullgraph=True, backend="aot_eager")().backward()
+    for leaf, gradient in zip((x, lm_head_weight), wanted, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient)
+    assert teacher_weight.grad is None and teacher_head.grad is None
 
 
 def test_bad_values_are_told_inside_a_compiled_graph() -> None:
