@@ -51,7 +51,8 @@ def attach_mind_loss(model: nn.Module, **loss_options: Any) -> MindAttachment:
 
     With shift_labels, `model(input_ids, attention_mask, shift_labels=…, rationale_weights=…, …)` runs the base model
     and mind_kernels.mind_loss and returns a MindOutput; no (tokens, V) logits are built. Without, the original forward
-    runs, generation included. The tensors, for R rows of T tokens in input_ids:
+    runs, generation included. Pictures and sounds (floating-point tensors that the model takes and its base does not)
+    are refused. The tensors, for R rows of T tokens in input_ids:
 
     shift_labels: (R, T) int64, already aligned with hidden_states; −100 where there is nothing to learn.
     rationale_weights: (B, K), α: each question's weights sum to 1.
@@ -95,6 +96,7 @@ def attach_mind_loss(model: nn.Module, **loss_options: Any) -> MindAttachment:
         loss=MindLoss(**(_logit_options(config) | loss_options)),
         original_forward=model.forward,
         forward=_make_forward(model.forward),
+        unread=_parameter_names(model.forward) - _parameter_names(base.forward),
         shadowed_forward=vars(model).get("forward"),
     )
     attachment._check_logits()
@@ -113,6 +115,7 @@ class MindAttachment:
     loss: MindLoss
     original_forward: Callable[..., Any]
     forward: Callable[..., Any]  # the function that is bound to the model
+    unread: set[str]  # the model's own arguments that its base does not name
     shadowed_forward: Callable[..., Any] | None  # what stood in the instance's own dictionary before, if anything
 
     def detach(self) -> None:
@@ -233,6 +236,12 @@ class MindAttachment:
             if inputs.pop(name, None) is not None:
                 raise ValueError(f"{name}: given with shift_labels, wanted shift_labels and num_questions alone")
         inputs.pop("return_dict", None)  # MindOutput is the one thing returned
+        for name, value in inputs.items():  # a picture, say, which the model puts into the embeddings
+            if name in self.unread and isinstance(value, Tensor) and value.is_floating_point():
+                raise ValueError(
+                    f"{name}: given with shift_labels, wanted only what the {type(self.base).__name__} takes, the part "
+                    "of the model that the MIND loss runs"
+                )
         hidden_states = self.read(inputs, shared_prompts)  # (R, T, H)
         *rows, hidden_size = hidden_states.shape
         if shift_labels.numel() != hidden_states.shape[:-1].numel():
@@ -359,6 +368,10 @@ def _logit_options(config: PretrainedConfig) -> dict[str, Any]:
     elif getattr(config, "logits_scaling", None) is not None:
         options["logit_scale"] = 1 / config.logits_scaling
     return options
+
+
+def _parameter_names(forward: Callable[..., Any]) -> set[str]:
+    return set(inspect.signature(forward).parameters)
 
 
 def _make_forward(original_forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -641,6 +641,22 @@ def test_bad_input_is_named(change: dict, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_picture_is_refused() -> None:
+    """Its decoder takes any argument and reads tokens alone: the loss would be that of the placeholders."""
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    text = transformers.LlamaConfig(**_SIZES)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=V - 1)
+    model = transformers.LlavaForConditionalGeneration(config).double().eval()
+    attach_mind_loss(model)
+    inputs = mind_inputs()
+    assert model(**inputs).loss.isfinite()
+    inputs["input_ids"][:, :4] = V - 1
+    with pytest.raises(ValueError, match="pixel_values: given with shift_labels"):
+        model(**inputs, pixel_values=torch.zeros(B * K, 3, 8, 8, dtype=torch.float64))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Every prompt read once
 
