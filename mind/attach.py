@@ -107,7 +107,10 @@ def attach_mind_loss(model: nn.Module, **loss_options: Any) -> MindAttachment:
 
 @dataclass(eq=False)
 class MindAttachment:
-    """One model with the MIND loss attached; detach() gives the model its own forward back."""
+    """One model with the MIND loss attached; detach() gives the model its own forward back.
+
+    copy.deepcopy copies both; to pickle the model itself, as torch.save(model) does, detach first.
+    """
 
     model: PreTrainedModel
     base: nn.Module  # (R, T) tokens -> (R, T, H) hidden_states

@@ -89,6 +89,7 @@ def mind_loss(
         consistency. On the device of hidden_states or on the CPU. A = the positions at which any rationale of the
         question is present.
     teacher: TeacherHidden, TeacherLogits or TeacherTopK with rows as the student's; needed when kl_weight > 0.
+    lm_head_bias: finite; only cross-entropy takes −inf for a token as probability 0, others may be inf or NaN.
     logit_scale, logit_softcap: logits = softcap(logit_scale · (h Wᵀ + b)), softcap(z) = c·tanh(z/c).
     logits_dtype: of the logits as they are stored, None for the dtype of the products. torch.float32 beside 16-bit
         products leaves their rounding out of the loss and the gradients: 6 bytes a logit instead of 2 within

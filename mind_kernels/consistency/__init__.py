@@ -48,6 +48,7 @@ def answer_consistency(
     rationale_weights: α, each question's weights sum to 1. A rationale of weight 0 costs nothing unless the gradient of
         rationale_weights is asked for.
     num_questions: int or 0-d tensor, B by default.
+    lm_head_bias: finite; with −inf for a token the loss is NaN.
     Other arguments as in fused_linear_cross_entropy; max_logits_bytes must hold the K rows of one position; backend
         "triton" takes K up to 8, beyond which "auto" is "torch".
 

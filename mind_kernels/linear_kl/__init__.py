@@ -61,6 +61,7 @@ def fused_linear_kl(
         never differentiated.
     shift_labels: only say which rows count (label ≠ ignore_index); values as in fused_linear_cross_entropy.
     temperature: τ > 0, both sides. temperature_power: p, 0 or 2.
+    lm_head_bias: finite; −inf for a token, which cross-entropy takes as probability 0, may make the loss inf or NaN.
     The other arguments, the memory and the errors are those of fused_linear_cross_entropy; TeacherHidden needs room for
     both rows of logits within max_logits_bytes.
 
