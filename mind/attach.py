@@ -80,10 +80,13 @@ def attach_mind_loss(model: nn.Module, **loss_options: Any) -> MindAttachment:
     name = type(model).__name__
     if _ATTRIBUTE in vars(model):
         raise ValueError(f"model: this {name} has a MIND loss already; wanted one without: call its detach() first")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"model: {name} has an encoder beside its decoder; wanted a causal language model")
     head = _plain_head(model)
     base = model.get_decoder()
-    if base is model:
-        raise ValueError(f"model: {name}.get_decoder() gives the model itself; wanted the part below the head")
+    if base is model or base is head:
+        what = "the model itself" if base is model else "its head"
+        raise ValueError(f"model: {name}.get_decoder() gives {what}; wanted the part below the head")
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
         raise ValueError(
@@ -283,6 +286,11 @@ class MindAttachment:
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
         with evaluation_mode(model):  # dropout would tell two runs apart
             hidden_states = self.base(**inputs)[0]  # (1, 4, H)
+            if hidden_states.shape[-1] != self.head.in_features:
+                raise ValueError(
+                    f"model: {name}'s get_decoder(), a {type(self.base).__name__}, ends in {hidden_states.shape[-1]} "
+                    f"numbers a token and its head takes {self.head.in_features}; wanted nothing between the two"
+                )
             gain = 50 / (scale * self.head(hidden_states)).abs().max().clamp_min(0.1).item()
             own_hidden_states = []
 

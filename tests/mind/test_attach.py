@@ -621,6 +621,20 @@ def test_other_modules_and_options_are_refused() -> None:
         attach_mind_loss(build("llama"), consistency=0.1)
 
 
+def test_heads_that_do_not_take_what_the_decoder_gives_are_refused() -> None:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    electra = transformers.ElectraConfig(is_decoder=True, embedding_size=8, num_attention_heads=2, **sizes)
+    with pytest.raises(ValueError, match="ElectraModel, ends in 16 numbers a token and its head takes 8"):
+        attach_mind_loss(transformers.ElectraForCausalLM(electra))
+    t5 = transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration has an encoder beside its decoder"):
+        attach_mind_loss(transformers.T5ForConditionalGeneration(t5))
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "pad_token_id"), 0)
+    modern_bert = transformers.ModernBertDecoderConfig(num_attention_heads=2, **sizes, **tokens)
+    with pytest.raises(ValueError, match=r"ModernBertDecoderForCausalLM.get_decoder\(\) gives its head"):
+        attach_mind_loss(transformers.ModernBertDecoderForCausalLM(modern_bert))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
