@@ -121,7 +121,8 @@ def relative_errors(given: LossAndGradients, exact: LossAndGradients) -> dict[st
 def allowed_errors(case: LossCase, given: Inputs, dtype: torch.dtype, device: str) -> dict[str, float]:
     """4 × the error of plain PyTorch in this dtype + 1e-5, for the loss and for each gradient, on the first rows.
 
-    A loss is one number, whose rounding may be lucky: its error is the root mean square over blocks of rows.
+    A loss is one number, whose rounding may be lucky: its error is the root mean square over blocks of rows, or that
+    of the provider "pytorch" on all rows that are checked, where it has run and that is more.
     """
     index = (given.row_weights != 0).nonzero().squeeze(1)[:TOLERANCE_ROWS]
     few = given.rows(index)
@@ -304,6 +305,8 @@ def measure_case(
             continue
         say(f"{document['id']}: {row.provider}")
         call = attempt(row, lambda row=row: _check(row, by_name[row.provider], case, checked, exact, device, dtype))
+        if call is not None and row.provider == "pytorch":  # the error of its 16-bit mean grows with the rows
+            allowed["loss"] = max(allowed["loss"], ERROR_FACTOR * row.errors["loss"] + ERROR_FLOOR)
         row.reason = row.reason or excess(row.errors, allowed)
         if call is None:
             continue

@@ -239,6 +239,17 @@ def test_real_providers_are_right_on_a_cpu(case: str) -> None:
         assert "second call" in rows["trl"]["note"] and rows["mind"]["note"] == ""
 
 
+def test_a_loss_may_be_as_wrong_as_pytorch_is_on_the_same_rows() -> None:
+    def off_by(share: float) -> Any:  # with the right gradient
+        return lambda given: plain(given) + share * plain(given).detach()
+
+    peers = provider("near", off_by(0.03)), provider("far", off_by(0.1))
+    _, rows = measure(*peers)
+    assert {name: row["status"] for name, row in rows.items()} == {"near": WRONG, "far": WRONG}
+    _, rows = measure(provider("pytorch", off_by(0.01)), *peers)
+    assert {name: row["status"] for name, row in rows.items()} == {"pytorch": OK, "near": OK, "far": WRONG}
+
+
 def test_a_peer_that_cannot_weight_rationales_is_held_to_what_it_computes() -> None:
     def mean(X: Tensor, W: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(X, W), labels)
