@@ -5,7 +5,7 @@
 A time counts as a multiple of the roofline of its own run (a training step: of transformers' Trainer in its own run),
 so that two machines, or two moods of one, can be compared; an absolute time never is. Exit status 1 when a row of this
 project has become worse by more than the margin in time or peak memory, or has lost its number; peers' rows are printed
-and decide nothing. Exit status 2 when the files cannot be compared.
+and decide nothing. Rows that the later run did not try are counted. Exit status 2 when the files cannot be compared.
 """
 
 from __future__ import annotations
@@ -100,6 +100,10 @@ def compare(old: dict[str, Any], new: dict[str, Any], margin: float) -> tuple[li
         lines.append(f"{key[0]:<42} {key[1]:<26} {'  '.join(ratios)}{mark}")
     if not lines:
         raise ValueError("the files have no measured case and provider in common")
+    missing = [key for key, entry in before.items() if key not in after and entry.status == OK]
+    if missing:
+        cases = ", ".join(dict.fromkeys(case for case, _ in missing))
+        lines.append(f"{len(missing)} measured rows are not in NEW, of {cases}")
     return lines, worse
 
 

@@ -500,6 +500,11 @@ def test_compare(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
             for times in row["times"].values():
                 times["p50"] *= 3
     assert status(elsewhere) == 0
+    capsys.readouterr()
+    partial = copy.deepcopy(old)
+    dropped = [row["provider"] for row in partial["cases"].pop()["rows"] if row["status"] == OK]
+    assert status(partial) == 0
+    assert f"{len(dropped)} measured rows are not in NEW, of {old['cases'][-1]['id']}" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
         status(old | {"cases": []})
     assert stopped.value.code == 2
