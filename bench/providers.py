@@ -304,17 +304,12 @@ def liger_chunked(case: LossCase, device: str, dtype: torch.dtype) -> Call:
     want_loss(case, "kl", "jsd")
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    # Its compiled form is made anew at every call: on a CPU that is most of the time.
     module = LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0,
         weight_soft_loss=1.0,
         beta=0.0 if case.loss == "kl" else 0.5,
-        compiled=device != "cpu",
     )
-    return Call(
-        lambda given: module(*given.leaves, *_teacher(given), given.labels),
-        "compiled=False on a CPU" if device == "cpu" else "",
-    )
+    return Call(lambda given: module(*given.leaves, *_teacher(given), given.labels))
 
 
 def cut_cross_entropy(implementation: str, **options: Any) -> Callable[[LossCase, str, torch.dtype], Call]:
