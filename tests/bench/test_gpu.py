@@ -32,6 +32,12 @@ def test_one_head(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert "peaked, frozen head, tolerance" in printed and "all dense" in printed
 
 
+def test_products_are_timed_in_turns_with_what_is_compared_to_them() -> None:
+    called: list[str] = []
+    timings = gpu.Bench(DEVICE, 3).in_turns(lambda: called.append("loss"), lambda: called.append("products"))
+    assert len(timings) == 2 and called[-6:] == ["loss", "products"] * 3
+
+
 def test_what_fails_is_told_and_the_rest_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
