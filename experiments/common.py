@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -31,10 +32,12 @@ from mind.prompting import PromptFormat
 RESULTS = Path("experiments/results")
 MAX_CHARACTERS = 480  # of a rationale to train on: what a CPU can afford
 MAX_NEW_TOKENS = 128
-DATA = ("svamp", "gsm8k", "problems", "four_kinds")
+DATA = ("svamp", "gsm8k", "problems", "four_kinds", "two_digits")
 FOUR_KINDS = (CatchUp, Averages, Ages, Survey)  # trained and, with other numbers, tested
+TWO_DIGIT_KINDS = (CatchUp, Ages, Survey, Shopping)  # steps are sums, differences, and small products and quotients
 UNSEEN_KINDS = (Shopping, Mixture, JointWork, Outfits)
 MAX_DIFFICULTY = 0.4  # of a generated problem to train on
+MAX_NUMBER = 100  # in a question and its decomposition, for a student that fails at larger ones
 
 
 class Splits(NamedTuple):
@@ -63,8 +66,9 @@ def load_splits(options: argparse.Namespace) -> Splits:
     """The same questions at every seed, as add_data_arguments describes them.
 
     data: "svamp" (3 sampled rationales; out of distribution: GSM8K), "gsm8k" (2 written ones; SVAMP), "problems" (8
-        perspectives, all generated kinds, tested at all difficulties; SVAMP) or "four_kinds" (8 perspectives, four
-        generated kinds, tested on other numbers; out of distribution: four other kinds).
+        perspectives, all generated kinds, tested at all difficulties; SVAMP), "four_kinds" (8 perspectives, four
+        generated kinds, tested on other numbers; out of distribution: four other kinds) or "two_digits" (8
+        perspectives, four generated kinds with whole numbers up to 100, tested on others; SVAMP).
     folder: holds svamp_train_k3.jsonl, svamp_test.jsonl, gsm8k_k2.jsonl and gsm8k_eval.jsonl.
 
     Raises: ValueError for a missing file, or too few questions that fit.
@@ -80,12 +84,18 @@ def load_splits(options: argparse.Namespace) -> Splits:
         rows = generate_records(num_drawn, seed=0, split=split, families=kinds)
         return load_records([row for row in rows if row["difficulty"] <= MAX_DIFFICULTY])
 
+    def small(split: str, num_drawn: int) -> list[Record]:
+        rows = generate_records(num_drawn, seed=0, split=split, families=TWO_DIGIT_KINDS)
+        return load_records([row for row in rows if _largest_number(row) <= MAX_NUMBER and row["answer"].isdecimal()])
+
     if options.data == "problems":
         known, test = easy(FAMILIES, "train", 3200), load_records(generate_records(num_test, seed=0, split="heldout"))
         ood = read("svamp_test.jsonl")
     elif options.data == "four_kinds":
         known, test = easy(FOUR_KINDS, "train", 3200), easy(FOUR_KINDS, "heldout", 800)
         ood = easy(UNSEEN_KINDS, "heldout", 800)
+    elif options.data == "two_digits":
+        known, test, ood = small("train", 3200), small("heldout", 800), read("svamp_test.jsonl")
     elif options.data == "svamp":
         known, test, ood = read("svamp_train_k3.jsonl", True), read("svamp_test.jsonl"), read("gsm8k_eval.jsonl")
     else:
@@ -106,6 +116,12 @@ def load_splits(options: argparse.Namespace) -> Splits:
         ood[:num_test],
         exchangeable=options.data == "svamp",
     )
+
+
+def _largest_number(row: dict[str, Any]) -> int:
+    """In the question and its decomposition."""
+    steps = next(item["text"] for item in row["rationales"] if item["perspective"] == "decomposition")
+    return max(int(digits) for digits in re.findall(r"\d+", row["question"] + steps))
 
 
 def accuracy(
