@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from accelerate.utils import DynamoBackend
+from torch.compiler import list_backends
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_torch_bf16_available_on_device
 
 from mind.prompting import PromptFormat
@@ -261,6 +264,22 @@ class MindConfig(TrainingArguments):
             option = getattr(self.accelerator_config, name)
             if bool(option) != bool(value):
                 raise ValueError(f"accelerator_config: given {name} = {option!r}, want {value!r}: {reason}")
+        # Flyte and Azure, beside MLflow, are used where they are named; whether they are installed it does not tell.
+        loggers = [*get_available_reporting_integrations(), "azure_ml", "flyte"]
+        for name in self.report_to or ():
+            if name not in loggers:
+                wanted = ", ".join(loggers[:-2]) or "nothing"
+                raise ValueError(f"report_to: given {name!r}, want none, all or what is installed: {wanted}")
+        if self.torch_compile:
+            assert self.torch_compile_backend is not None  # TrainingArguments has set it
+            backends = {item.value.lower() for item in DynamoBackend} & {"no", *list_backends(exclude_tags=())}
+            known = self.torch_compile_backend.lower() in backends
+            self._want("torch_compile_backend", known, f"one of {', '.join(sorted(backends))}")
+            from torch._inductor import list_mode_options  # here because it imports the compiler
+
+            modes = list_mode_options()
+            known = self.torch_compile_mode is None or self.torch_compile_mode in modes
+            self._want("torch_compile_mode", known, f"one of {', '.join(modes)}")
         if self.share_prompt:  # only now does it tell of its newer name, activation_checkpointing, too
             self._want("gradient_checkpointing", not self.gradient_checkpointing, "False with share_prompt")
 

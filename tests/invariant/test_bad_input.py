@@ -157,6 +157,13 @@ def test_heldout_questions(inputs: Path, tmp_path: Path, capsys: pytest.CaptureF
         ({"accelerator_config": '{"split_batches": true}'}, "accelerator_config: given split_batches = True, want"),
         ({"accelerator_config": "no.json"}, "No such file or directory: 'no.json'"),
         ({"dataloader_num_workers": -1}, "dataloader_num_workers: given -1, want a number that is not negative"),
+        ({"report_to": "wandx"}, "report_to: given 'wandx', want none, all or what is installed: "),
+        ({"report_to": "neptune"}, "report_to: given 'neptune', want none, all or what is installed: "),
+        (
+            {"torch_compile_backend": "foo"},
+            "torch_compile_backend: given 'foo', want one of aot_eager, ",
+        ),
+        ({"torch_compile_mode": "foo"}, "torch_compile_mode: given 'foo', want one of default, "),
         ({"resume_from_checkpoint": "true"}, "holds no whole checkpoint, want one"),
         (
             {"resume_from_checkpoint": "no/such"},
