@@ -154,9 +154,12 @@ class MindTrainer(Trainer):
             name, value, further = "lr_scheduler_type", args.lr_scheduler_type, "lr_scheduler_kwargs"
             if self.lr_scheduler is None:
                 trial = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-                self.create_scheduler(num_training_steps=max(1, args.max_steps), optimizer=trial)
+                steps = args.max_steps if args.max_steps > 0 else max(1, math.ceil(args.warmup_steps)) + 1
+                scheduler = self.create_scheduler(num_training_steps=steps, optimizer=trial)
+                for factor in getattr(scheduler, "lr_lambdas", ()):  # beyond the warm-up, too
+                    factor(steps)
                 self.lr_scheduler = None
-        except (ImportError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        except (ImportError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise ValueError(
                 f"{name}: given {getattr(value, 'value', value)!r} with {further} {getattr(args, further)!r}, which "
                 f"cannot be used: {type(error).__name__}: {error}"

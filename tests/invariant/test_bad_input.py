@@ -152,6 +152,14 @@ def test_heldout_questions(inputs: Path, tmp_path: Path, capsys: pytest.CaptureF
             "lr_scheduler_type: given 'cosine_with_min_lr' with lr_scheduler_kwargs None, which cannot be used: Value",
         ),
         ({"lr_scheduler_kwargs": '{"cycles": 1}'}, "lr_scheduler_type: given 'cosine' with lr_scheduler_kwargs {'cyc"),
+        (
+            {"lr_scheduler_kwargs": '{"num_cycles": "x"}'},
+            "lr_scheduler_type: given 'cosine' with lr_scheduler_kwargs {'num_cycles': 'x'}, which cannot be used",
+        ),
+        (
+            {"lr_scheduler_kwargs": '{"num_cycles": "x"}', "max_steps": -1, "warmup_steps": 40},
+            "lr_scheduler_type: given 'cosine' with lr_scheduler_kwargs {'num_cycles': 'x'}, which cannot be used",
+        ),
         ({"accelerator_config": '{"dispatch_batches": true}'}, "accelerator_config: given dispatch_batches = True, "),
         ({"accelerator_config": '{"even_batches": false}'}, "accelerator_config: given even_batches = False, want"),
         ({"accelerator_config": '{"split_batches": true}'}, "accelerator_config: given split_batches = True, want"),
