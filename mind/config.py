@@ -233,6 +233,7 @@ class MindConfig(TrainingArguments):
             ("auto_find_batch_size", False, "it starts training again after the assistant has moved"),
             ("include_num_input_tokens_seen", "no", "supervised tokens per second are logged instead"),
             ("remove_unused_columns", False, "batches are questions, not columns"),
+            ("push_to_hub", False, "what is uploaded is renamed meanwhile; upload output_dir/student after the run"),
             ("fsdp", None, SHARDING),
             ("deepspeed", None, SHARDING),
             ("parallelism_config", None, SHARDING),
