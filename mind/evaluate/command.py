@@ -19,10 +19,16 @@ _MEASURING = ("instruction", "max_new_tokens", "batch_size", "limit", "dtype", "
 
 def main(arguments: Sequence[str]) -> None:
     """Raises: ValueError about bad input; then nothing is written."""
-    options = parse_settings(_parser(), arguments)
-    sources = [*options.tasks, *options.data, *options.ood_data]
-    if options.compare is not None and (options.student is not None or sources):
-        raise UsageError("--compare: takes two result files alone, want no student, tasks or data beside it")
+    parser = _parser()
+    options = parse_settings(parser, arguments)
+    if options.compare is not None:
+        others = [name for name in vars(options) if name not in ("compare", "output", "seed")]
+        given = [name for name in others if getattr(options, name) != parser.get_default(name)]
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UsageError(
+                f"--compare: takes two result files alone, want only --output or --seed beside it, not {flags}"
+            )
     if options.compare is None and not (options.student and options.output):
         missing = "--output" if options.student else "--student"
         raise UsageError(f"{missing} is missing, want mind evaluate --student STUDENT --output FILE, or --compare A B")

@@ -390,5 +390,7 @@ def test_results_that_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureF
         assert message in refused(["evaluate", "--compare", good, path, f"--output={output}"], capsys)
     line = refused(["evaluate", "--compare", good, good, "--student", "smollm2-135m"], capsys)
     assert "--compare: takes two result files alone" in line
+    line = refused(["evaluate", "--compare", good, good, "--limit=1", "--max-new-tokens=9"], capsys)
+    assert line.endswith("want only --output or --seed beside it, not --max-new-tokens, --limit")
     assert "--output is missing" in refused(["evaluate", "--student", "smollm2-135m", "--output", ""], capsys)
     assert not output.exists()
