@@ -289,11 +289,15 @@ class Files:
 
 
 def _models(config: GenerateConfig) -> tuple[Teacher, Teacher | None, Teacher | None]:
-    """(teacher, model judge, difficulty student); none is loaded or reached yet."""
+    """(teacher, model judge, difficulty student); none is loaded or reached yet.
+
+    Raises: GenerateError naming the setting; of the two that answer after the teacher, when they are local, also when
+        there is no such model.
+    """
     tokens = None
     if config.top_logprobs:
         assert config.student is not None
-        tokens = StudentTokens(config.student, _load_tokenizer(config.student))
+        tokens = StudentTokens(config.student, _load_tokenizer("student", config.student))
     sampling = Sampling(config.max_tokens, config.temperature, config.top_logprobs, tokens)
     local = {"batch_size": config.concurrency, "seed": config.seed}
     key = read_key(config.api_key_env or "OPENAI_API_KEY", required=config.api_key_env is not None)
@@ -317,16 +321,20 @@ def _models(config: GenerateConfig) -> tuple[Teacher, Teacher | None, Teacher | 
     student = None
     if config.difficulty_student is not None:
         student = LocalTeacher(config.difficulty_student, Sampling(config.max_tokens, config.temperature), **local)
+    for setting, local_model in (("judge", judge_model), ("difficulty_student", student)):
+        # Now, not when the teacher has answered everything.
+        if isinstance(local_model, LocalTeacher) and not _load_tokenizer(setting, local_model.model).chat_template:
+            raise GenerateError(f"{setting}: {local_model.model!r} has no chat template, want an instruct model")
     return teacher, judge_model, student
 
 
-def _load_tokenizer(student: str) -> Any:
-    folder = str(dense_student(student)) if student in BUILTIN_STUDENTS else student
+def _load_tokenizer(setting: str, model: str) -> Any:
+    folder = str(dense_student(model)) if model in BUILTIN_STUDENTS else model
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise GenerateError(f"student: the tokenizer of {student!r} cannot be loaded ({reason})") from error
+        raise GenerateError(f"{setting}: the tokenizer of {model!r} cannot be loaded ({reason})") from error
 
 
 class _Work:
@@ -480,7 +488,7 @@ def _store_topk(
     if not config.top_logprobs:
         return None
     assert config.student is not None
-    student = StudentTokens(config.student, _load_tokenizer(config.student))
+    student = StudentTokens(config.student, _load_tokenizer("student", config.student))
     kept: dict[str, list[tuple[Pair, str]]] = {}
     for row in rows:
         for rationale in row["rationales"]:

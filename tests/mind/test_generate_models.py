@@ -308,3 +308,17 @@ def test_local_models_that_cannot_be_used(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]
     assert len(lines) == 1 and message in lines[0]
     assert {path.name for path in folder.glob("out*")} <= {"out.ledger.jsonl.lock"}
+
+
+def test_models_that_answer_last_are_looked_for_first(
+    tiny: Path, no_template: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with loopback(lambda body, number: completion("So.\nThe answer is 5.")) as server:
+        line = refused(tmp_path, capsys, server.url, difficulty_student="no/such")
+        assert line.startswith("difficulty_student: the tokenizer of 'no/such' cannot be loaded (")
+        line = refused(tmp_path, capsys, server.url, difficulty_student=no_template)
+        assert line == f"difficulty_student: '{no_template}' has no chat template, want an instruct model"
+        assert server.bodies == []
+    line = refused(tmp_path, capsys, None, teacher=tiny, judge="no/such")
+    assert line.startswith("judge: the tokenizer of 'no/such' cannot be loaded (")
+    assert not (tmp_path / "out.ledger.jsonl").exists()
