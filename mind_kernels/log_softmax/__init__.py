@@ -30,14 +30,14 @@ def multi_rationale_log_softmax(
         log p_kv = z_kv/τ − log Σ_u exp(z_ku/τ),   dz_kv = (g_kv − p_kv Σ_u g_ku) / τ
 
     logits: (..., K, V), bf16, fp16, fp32 or fp64. temperature: τ > 0.
-    token_ids: (..., K, S) int64/int32 in [0, V): only the log-probabilities of these tokens, and no tensor of the size
-        of logits is made for them. On a GPU an id outside gives NaN (Triton) or stops the device (PyTorch).
+    token_ids: (..., K, S) int64/int32 in [0, V): only the log-probabilities of these tokens. On a GPU an id outside
+        gives NaN (Triton) or stops the device (PyTorch).
     backend: "auto" | "torch" | "triton", as in fused_linear_cross_entropy.
 
     Returns log-probabilities in nats, (..., K, V), or (..., K, S) for token_ids, in the dtype of logits; statistics in
     fp32 (fp64 for fp64).
-    Peak extra memory: the result, and with "torch" an fp32 copy of logits, two of 16-bit ones, when temperature is not
-        1 or with token_ids.
+    Peak extra memory: the result, and with "torch" and a temperature other than 1 an fp32 copy of logits, two of 16-bit
+        ones; with "torch" and token_ids two. With "triton" 4 bytes a row, and a copy of logits that are not contiguous.
     The gradient of selected tokens is made in fp32, 4 bytes an element of logits, before it is rounded.
     Raises: ValueError or TypeError naming the argument, what was given and what is wanted. With "triton" the backward
     pass RuntimeError under create_graph=True: only "torch" has a second derivative.
