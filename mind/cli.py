@@ -171,7 +171,7 @@ def train_parser() -> Any:
     # Here, because importing transformers takes seconds that `mind problems` does not need.
     from transformers import TrainingArguments
 
-    from mind.config import MindConfig
+    from mind.config import REFUSED, MindConfig
 
     parser = dataclass_parser(
         RunArguments,
@@ -183,8 +183,10 @@ def train_parser() -> Any:
     inherited = {item.name for item in fields(TrainingArguments)}
     own = parser.add_argument_group("MIND")
     rest = parser.add_argument_group("transformers.TrainingArguments")
+    refused = {name: f"Only {value}: {reason}." for name, value, reason in REFUSED}
     for action in list(parser._optionals._group_actions):
         if action.dest not in ("help", "config"):
+            action.help = refused.get(action.dest, action.help)
             parser._optionals._group_actions.remove(action)
             (rest if action.dest in inherited else own)._group_actions.append(action)
     return parser

@@ -16,6 +16,20 @@ from transformers.utils import is_torch_bf16_available_on_device
 from mind.prompting import PromptFormat
 
 SHARDING = "a rank measures rationales that others have not, and sharded ranks must read together"
+# Settings of TrainingArguments that the trainer does not do: (name, the only value, why). Their help says so too.
+REFUSED = (
+    ("eval_strategy", "no", "held-out accuracy is measured by mind.evaluation"),
+    ("eval_on_start", False, "held-out accuracy is measured by mind.evaluation"),
+    ("load_best_model_at_end", False, "held-out accuracy is measured by mind.evaluation"),
+    ("label_smoothing_factor", 0.0, "the fused loss has no label smoothing"),
+    ("auto_find_batch_size", False, "it starts training again after the assistant has moved"),
+    ("include_num_input_tokens_seen", "no", "supervised tokens per second are logged instead"),
+    ("remove_unused_columns", False, "batches are questions, not columns"),
+    ("push_to_hub", False, "what is uploaded is renamed meanwhile; upload output_dir/student after the run"),
+    ("fsdp", None, SHARDING),
+    ("deepspeed", None, SHARDING),
+    ("parallelism_config", None, SHARDING),
+)
 ASSISTANT_METHODS = ("mind", "instant_meta", "no_attention", "no_cons")  # those whose weights a teaching assistant sets
 
 
@@ -177,6 +191,10 @@ class MindConfig(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Leave off: batches are questions, not columns."}
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "true: go on from the last checkpoint in output_dir. A folder: from that checkpoint."},
+    )
     bf16: bool | None = field(  # type: ignore[assignment]
         default=False,
         metadata={
@@ -225,19 +243,7 @@ class MindConfig(TrainingArguments):
             self._want(name, getattr(self, name) in values, "one of " + ", ".join(map(str, values)))
         PromptFormat(self.answer_suffix)
         # What the trainer does not do is refused, not ignored.
-        for name, value, reason in (
-            ("eval_strategy", "no", "held-out accuracy is measured by mind.evaluation"),
-            ("eval_on_start", False, "held-out accuracy is measured by mind.evaluation"),
-            ("load_best_model_at_end", False, "held-out accuracy is measured by mind.evaluation"),
-            ("label_smoothing_factor", 0.0, "the fused loss has no label smoothing"),
-            ("auto_find_batch_size", False, "it starts training again after the assistant has moved"),
-            ("include_num_input_tokens_seen", "no", "supervised tokens per second are logged instead"),
-            ("remove_unused_columns", False, "batches are questions, not columns"),
-            ("push_to_hub", False, "what is uploaded is renamed meanwhile; upload output_dir/student after the run"),
-            ("fsdp", None, SHARDING),
-            ("deepspeed", None, SHARDING),
-            ("parallelism_config", None, SHARDING),
-        ):
+        for name, value, reason in REFUSED:
             given = getattr(self, name, None)  # not each is in the oldest
             self._want(name, given == value or not given, f"{value!r}: {reason}")
         self._want("save_strategy", self.save_strategy != "best", "no, steps or epoch: nothing is evaluated in between")

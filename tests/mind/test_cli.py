@@ -44,6 +44,14 @@ def test_every_own_field_has_its_help(capsys: pytest.CaptureFixture[str]) -> Non
     assert [name for name in own if name in helps and not helps[name]] == []
 
 
+def test_help_says_what_is_refused() -> None:
+    """And not what Transformers' trainer would do."""
+    helps = {action.dest: action.help for action in train_parser()._actions}
+    for name, value in [("fsdp", None), ("deepspeed", None), ("label_smoothing_factor", 0.0), ("eval_strategy", "no")]:
+        assert helps[name].startswith(f"Only {value}: "), name
+    assert helps["resume_from_checkpoint"].startswith("true: ")
+
+
 def test_defaults() -> None:
     run, config = parse_train(CPU)
     assert run == RunArguments()
