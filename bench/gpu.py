@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.measure import OK, Row, attempt, git, write_json
+from bench.measure import OK, Clock, Row, attempt, git, write_json
 from bench.shapes import GPU_CASES, Case
 from mind_kernels import (
     GradientPruning,
@@ -76,19 +76,7 @@ class Bench:
     """Times on the device, with enough repetitions for quantiles but no more than a few seconds each."""
 
     def __init__(self, device: str, repetitions: int):
-        self.device, self.repetitions = device, repetitions
-
-    def once(self, function: Callable[[], object]) -> float:
-        if self.device == "cpu":
-            start = time.perf_counter()
-            function()
-            return 1e3 * (time.perf_counter() - start)
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop)
+        self.device, self.repetitions, self.clock = device, repetitions, Clock(device)
 
     def __call__(self, function: Callable[[], object]) -> Timing:
         return self.in_turns(function)[0]
@@ -113,7 +101,7 @@ class Bench:
         while len(rounds) < self.repetitions and (
             len(rounds) < 5 or sum(map(sum, rounds)) < 1e3 * SECONDS_PER_MEASUREMENT
         ):
-            rounds.append([self.once(each) for each in (function, *others)])
+            rounds.append([self.clock(each) for each in (function, *others)])
         quantiles = torch.tensor(rounds).quantile(torch.tensor([0.2, 0.5, 0.8]), dim=0)  # (3, functions)
         return [Timing(*values, peak if i == 0 else 0) for i, values in enumerate(quantiles.t().tolist())]
 
