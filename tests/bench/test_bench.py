@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen2Model
 
-from bench import compare, losses, report, steps
+from bench import compare, losses, report, steps, weight_gradient_sums
+from bench.cache_model import BLOCK_BYTES, share_found
 from bench.inputs import Inputs, make_inputs, reference
 from bench.measure import (
     FAILED,
@@ -32,6 +33,7 @@ from bench.measure import (
     relative_error,
 )
 from bench.providers import PROVIDERS, Call, Provider, Unavailable, find_provider, from_mean
+from bench.pruning import States
 from bench.shapes import LOSS_CASES, LossCase
 
 CPU_PROVIDERS = ("mind", "pytorch", "pytorch-fp32-logits", "torch-linear-ce", "torch-linear-ce-accurate", "trl")
@@ -565,3 +567,31 @@ def test_each_runs_rows_are_multiples_of_that_runs_roofline() -> None:
     assert {row["provider"]: report.ratio(row, case) for row in case["rows"]} == dict.fromkeys(
         ("first", "second", "third"), 1.5
     )
+
+
+def test_the_cache_model_at_its_limits() -> None:
+    row = 40 * BLOCK_BYTES
+    assert share_found(row, 6, 20 * row, turns=False) == 1  # everything fits, and what came before
+    assert share_found(row, 6, row, turns=False) < 0.05 < share_found(row, 6, row, turns=True)
+    assert share_found(row, 6, 6 * row, turns=True) == 1  # marked blocks make room
+    assert share_found(row, 6, 3 * row, True, rows_at_once=2) < share_found(row, 6, 3 * row, True)
+
+
+def test_sums_of_weight_gradients(
+    capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    X, W = torch.randn(128, 32, generator=generator), torch.randn(300, 32, generator=generator)
+    states = States(X, W, torch.randint(0, 300, (128,), generator=generator))
+    monkeypatch.setattr(weight_gradient_sums, "real_states", lambda *_: states)
+    file = tmp_path / "sums.json"
+    assert weight_gradient_sums.main(["--students", "any", "--rows", "128", "--results", str(file)]) == 0
+    errors = {row["chunks"]: row["errors"] for row in json.loads(file.read_text())["results"]}
+    assert list(errors) == [1, 8, 32, 64]
+    assert all(0 < error < 0.05 for row in errors.values() for error in row.values())
+    assert errors[1]["fp32 sum"] == errors[1]["16-bit sum"] == errors[1]["as shipped"]
+    assert errors[64]["fp32 sum"] < 0.9 * errors[64]["16-bit sum"]
+    assert errors[64]["as shipped"] < 1.1 * errors[64]["fp32 sum"]  # beyond 40 chunks its sum is fp32
+    with pytest.raises(SystemExit):
+        weight_gradient_sums.main(["--rows", "100"])
+    assert "want a positive multiple of 64" in capsys.readouterr().err
