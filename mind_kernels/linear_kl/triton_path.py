@@ -44,9 +44,11 @@ from mind_kernels.triton_math import (
 def launch(z: Tensor, divergence: str) -> dict[str, int]:
     """One 16-byte load of each of two rows; where rows are long, one program a multiprocessor.
 
-    Twice as many threads where 64 registers are enough for one.
+    Twice as many threads for the forward KL of 16-bit logits, where 64 registers are enough for one; of fp32 logits a
+    thread loads twice the bytes, and its sums at two temperatures need more.
     """
-    return row_launch(z, 16, warps=32, registers=64) if divergence == "forward" else row_launch(z, 16, warps=16)
+    fits = divergence == "forward" and z.element_size() == 2
+    return row_launch(z, 16, warps=32, registers=64) if fits else row_launch(z, 16, warps=16)
 
 
 @triton.jit
