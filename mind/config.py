@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Literal
@@ -229,6 +230,8 @@ class MindConfig(TrainingArguments):
         self._want("beta", 0 <= self.beta <= 1, "a number in [0, 1]")
         self._want("feedback_share", 0 < self.feedback_share <= 1, "a number in (0, 1]")
         self._want("kl_beta", 0 < self.kl_beta < 1, "a number in (0, 1)")
+        ends = self.max_steps > 0 or 0 < self.num_train_epochs < math.inf
+        self._want("num_train_epochs", ends, "a positive number, or max_steps")
         self._want("max_logits_bytes", self.max_logits_bytes is None or self.max_logits_bytes > 0, "a positive number")
         heads = self.assistant_heads
         fits = self.assistant_hidden_size % heads == 0 and self.assistant_hidden_size % 2 == 0

@@ -854,6 +854,8 @@ def test_a_student_that_is_not_finite_from_the_start(tmp_path: Path) -> None:
         ("loss_ema", 1.0, "loss_ema: given 1.0, want a number in [0, 1)"),
         ("answer_suffix", "The end.", 'answer_suffix must contain "{answer}" exactly once'),
         ("max_length", 0, "max_length: given 0, want a positive number"),
+        ("num_train_epochs", -1, "num_train_epochs: given -1, want a positive number, or max_steps"),
+        ("num_train_epochs", math.nan, "num_train_epochs: given nan, want a positive number, or max_steps"),
         ("max_logits_bytes", 0, "max_logits_bytes: given 0, want a positive number"),
         ("lora_r", 0, "lora_r: given 0, want a positive number"),
         ("eval_strategy", "steps", "eval_strategy: given 'steps', want 'no': held-out accuracy is measured"),
@@ -871,7 +873,7 @@ def test_a_student_that_is_not_finite_from_the_start(tmp_path: Path) -> None:
 )
 def test_settings_out_of_range(field: str, value: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
-        config(tmp_path, **{"share_prompt": True, field: value})
+        config(tmp_path, **{"share_prompt": True, "max_steps": -1, field: value})
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
