@@ -241,6 +241,8 @@ class MindAttachment:
         for name in ("labels", "num_items_in_batch"):
             if inputs.pop(name, None) is not None:
                 raise ValueError(f"{name}: given with shift_labels, wanted shift_labels and num_questions alone")
+        if inputs.get("output_router_logits"):
+            raise ValueError("output_router_logits: given with shift_labels, wanted False: no router loss is added")
         inputs.pop("return_dict", None)  # MindOutput is the one thing returned
         for name, value in inputs.items():  # a picture, say, which the model puts into the embeddings
             if name in self.unread and isinstance(value, Tensor) and value.is_floating_point():

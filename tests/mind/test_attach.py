@@ -610,6 +610,9 @@ def test_router_loss_is_refused() -> None:
         attach_mind_loss(model)
     model.config.output_router_logits = False
     attach_mind_loss(model)
+    with pytest.raises(ValueError, match="output_router_logits: given with shift_labels, wanted False"):
+        model(**mind_inputs(), output_router_logits=True)
+    assert model(**mind_inputs(), output_router_logits=False).loss.isfinite()
 
 
 def test_other_modules_and_options_are_refused() -> None:
