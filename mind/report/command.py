@@ -20,11 +20,18 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str]) -> None:
     """Raises: ValueError about bad input; then nothing is written."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     if not options.runs and not options.latent:
         raise UsageError("no run is given, want mind report RUN [RUN ...], or --latent with --data")
     if (options.data is None) != (not options.latent):
         raise UsageError("--latent and --data: want both, the students and the questions that they answer")
+    if not options.latent:
+        others = [name for name in vars(options) if name not in ("runs", "output")]
+        given = [name for name in others if getattr(options, name) != parser.get_default(name)]
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UsageError(f"{flags}: settings of --latent, which is not given, want none of them without it")
     output = options.output or (os.path.join(options.runs[0], "report") if options.runs else "report")
     runs = read_runs(options.runs) if options.runs else []
     from mind.report.page import write_report
