@@ -34,8 +34,9 @@ def main(arguments: Sequence[str]) -> None:
             raise UsageError(f"{flags}: settings of --latent, which is not given, want none of them without it")
     output = options.output or (os.path.join(options.runs[0], "report") if options.runs else "report")
     runs = read_runs(options.runs) if options.runs else []
-    from mind.report.page import write_report
+    from mind.report.page import check_output, write_report
 
+    check_output(output)  # now, not when the students have answered
     page = write_report(runs, output, _latent(options) if options.latent else None)
     Console(markup=False, emoji=False).print(f"report: {page}", soft_wrap=True, highlight=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -107,8 +108,7 @@ def write_report(runs: Sequence[Run], output: str | os.PathLike[str], latent: La
 
     Raises: ValueError when `output` is a file, cannot be made or cannot be written to.
     """
-    if os.path.exists(output) and not os.path.isdir(output):
-        raise ValueError(f"output: {output} is a file, want a folder")
+    check_output(output)
     sections = []
     for name, title, text, figure_of in SECTIONS:
         figure = figure_of(runs) if runs else None
@@ -134,6 +134,16 @@ def write_report(runs: Sequence[Run], output: str | os.PathLike[str], latent: La
     except OSError as error:
         raise ValueError(f"output: {output} cannot be made: {error.strerror}") from error
     return folder / PAGE_FILE
+
+
+def check_output(output: str | os.PathLike[str]) -> None:
+    """Raises: ValueError when `output` is a file, or a folder that cannot be made or written to."""
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise ValueError(f"output: {output} is a file, want a folder")
+    above = next(path for path in (Path(output).absolute(), *Path(output).absolute().parents) if os.path.exists(path))
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        reason = os.strerror(errno.EACCES if above.is_dir() else errno.ENOTDIR)
+        raise ValueError(f"output: {output} cannot be made: {reason}")
 
 
 def summary(run: Run, colour: str) -> dict[str, Any]:

@@ -284,6 +284,8 @@ def test_arguments_that_cannot_be_used(runs: Path, tmp_path: Path, capsys: pytes
         ([run, "--output", str(tmp_path / "file")], "file is a file, want a folder"),
         ([run, "--output", str(tmp_path / "file" / "a")], "file/a cannot be made: Not a directory"),
         ([run, "--output", str(tmp_path / "taken")], "taken cannot be made: Is a directory"),
+        ([*latent, "--output", str(tmp_path / "file")], "file is a file, want a folder"),
+        ([*latent, "--output", str(tmp_path / "file" / "a")], "file/a cannot be made: Not a directory"),
         (latent, "latent: given 1 student, want at least two"),
         ([*latent, "--latent", student, "b=x"], "want NAME=STUDENT"),
         ([*latent, "--latent", "a=x", "a=y"], "the name a is given twice"),
