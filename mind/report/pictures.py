@@ -236,10 +236,13 @@ def _heat_maps(
 
 
 def heat_table(run: Run, kind: str, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """((perspectives, columns) means, (columns + 1,) edges in steps), NaN where nothing was measured."""
+    """((perspectives, columns) means, (columns + 1,) edges in steps), NaN where nothing was measured.
+
+    What is logged at a step tells of all steps since it was logged before: its column begins behind that one.
+    """
     steps = sorted({entry["step"] for entry in run.history if any(f"{kind}/{name}" in entry for name in names)})
     groups = [group for group in np.array_split(np.asarray(steps), min(MAX_COLUMNS, len(steps))) if len(group)]
-    edges = [group[0] - 0.5 for group in groups] + [steps[-1] + 0.5]
+    edges = [0.5, *(group[-1] + 0.5 for group in groups)]
     columns = []
     for group in groups:
         inside = [entry for entry in run.history if group[0] <= entry["step"] <= group[-1]]

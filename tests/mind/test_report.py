@@ -122,7 +122,15 @@ def test_a_long_run_shares_columns(tmp_path: Path) -> None:
     table, edges = pictures.heat_table(run, "perspective_loss", run.perspectives)
     assert table.shape == (2, pictures.MAX_COLUMNS) and (table[0] == 0).all()
     assert np.isnan(table[1, :-1]).all() and table[1, -1] == 3.0
-    assert (np.diff(edges) > 0).all() and edges[-1] == 1200.5
+    assert (np.diff(edges) == 20).all() and (edges[0], edges[-1]) == (0.5, 1200.5)
+
+
+def test_a_column_spans_the_steps_that_its_log_tells_of(tmp_path: Path) -> None:
+    history = [{"step": 0, "assistant_warmup/perspective_loss/a": 4.0}]
+    history += [{"step": step, "perspective_loss/a": float(step)} for step in (5, 10, 13)]
+    (run,) = read_runs([write_run(tmp_path / "run", history=history)])
+    table, edges = pictures.heat_table(run, "perspective_loss", ["a"])
+    assert table.tolist() == [[4, 5, 10, 13]] and edges.tolist() == [-4.5, 0.5, 5.5, 10.5, 13.5]
 
 
 def measurement(correct: list[int] | None = None, **losses: float) -> dict[str, Any]:
