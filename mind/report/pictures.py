@@ -27,6 +27,7 @@ WIDTH = 11.0  # inches of a figure
 MAX_COLUMNS = 60  # of a heat map: of a longer run several steps share one
 # Okabe and Ito's colours, told apart by the colour-blind too; the lightest left out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+LINES, MARKERS = ("-", "--", ":"), "osD"  # once, twice, three times through the colours
 Curve = tuple[list[int], list[float]]
 
 
@@ -154,12 +155,13 @@ def correlation(runs: Sequence[Run]) -> Figure | None:
     figure = Figure(figsize=(WIDTH, 3.6))
     left, right = figure.subplots(1, 2)
     for run in scored:
-        _line(left, curve(run.history, "rank_correlation"), colour_of(runs, run), run.name)
+        colour, turn = colour_of(runs, run), _turn(runs, run)
+        _line(left, curve(run.history, "rank_correlation"), colour, run.name, LINES[turn])
         after = run.metrics.get("after") or {"perspective_loss": {}, "perspective_score": None}
         scores = after["perspective_score"] or {}
         points = {name: (after["perspective_loss"][name], score) for name, score in scores.items()}
         for point in points.values():
-            right.plot(*point, "o", color=colour_of(runs, run))
+            right.plot(*point, MARKERS[turn], color=colour)
         if len(scored) == 1:
             _label(right, points)
     left.axhline(-1, color="#999999", linestyle=":", linewidth=1)
@@ -171,7 +173,7 @@ def correlation(runs: Sequence[Run]) -> Figure | None:
     right.set_ylim(-0.08, 1.08)
     for axis in (left, right):
         _tidy(axis)
-    _legend(figure, left, scored)
+    _legend(figure, left, runs)
     return figure
 
 
@@ -271,7 +273,8 @@ def _lines(runs: Sequence[Run], titles: Mapping[str, str], scale: Mapping[str, f
     for axis, key in zip(panels, keys, strict=False):
         for run in runs:
             steps, values = curve(run.history, key)
-            _line(axis, (steps, [scale.get(key, 1.0) * value for value in values]), colour_of(runs, run), run.name)
+            points = steps, [scale.get(key, 1.0) * value for value in values]
+            _line(axis, points, colour_of(runs, run), run.name, LINES[_turn(runs, run)])
         axis.set_title(titles[key], fontsize=10, loc="left")
         axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
         axis.set_xlabel("optimiser step")
@@ -283,10 +286,10 @@ def _lines(runs: Sequence[Run], titles: Mapping[str, str], scale: Mapping[str, f
     return figure
 
 
-def _line(axis: Axes, points: Curve, colour: str, label: str) -> None:
+def _line(axis: Axes, points: Curve, colour: str, label: str, line: str = "-") -> None:
     steps, values = points
     axis.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
-    axis.plot(steps, smooth(values), color=colour, linewidth=2, label=label)
+    axis.plot(steps, smooth(values), line, color=colour, linewidth=2, label=label)
 
 
 def _legend(figure: Figure, axis: Axes, runs: Sequence[Run]) -> None:
@@ -297,7 +300,16 @@ def _legend(figure: Figure, axis: Axes, runs: Sequence[Run]) -> None:
 
 
 def colour_of(runs: Sequence[Run], run: Run) -> str:
-    return COLOURS[next(i for i, other in enumerate(runs) if other is run) % len(COLOURS)]
+    return COLOURS[_place(runs, run) % len(COLOURS)]
+
+
+def _turn(runs: Sequence[Run], run: Run) -> int:
+    """Which of LINES and MARKERS tells the run from another one of the same colour."""
+    return _place(runs, run) // len(COLOURS) % len(LINES)
+
+
+def _place(runs: Sequence[Run], run: Run) -> int:
+    return next(i for i, other in enumerate(runs) if other is run)
 
 
 def _held_out(runs: Sequence[Run]) -> str:

@@ -203,6 +203,20 @@ def test_metrics_without_what_only_explains(tmp_path: Path) -> None:
     assert main(["report", run]) == 0
 
 
+def test_runs_are_told_apart(tmp_path: Path) -> None:
+    """As many runs as there are methods, of which one has an assistant."""
+    history = [{"step": step, "cross_entropy": 1.0, "rank_correlation": -0.5} for step in (1, 2)]
+    after = measurement(a=1.0) | {"perspective_score": {"a": 0.5}}
+    folders = [write_run(tmp_path / "scored", history, before=after, after=after)]
+    folders += [write_run(tmp_path / f"run{i}", [{"step": 1, "cross_entropy": 1.0}]) for i in range(7)]
+    runs = read_runs(folders)
+    lines, correlation = pictures.loss_parts(runs), pictures.correlation(runs)
+    assert lines is not None and correlation is not None
+    looks = {(line.get_color(), line.get_linestyle()) for line in lines.legends[0].get_lines()}
+    assert len(looks) == 8
+    assert [text.get_text() for text in correlation.legends[0].get_texts()] == ["scored"]
+
+
 def test_names_with_dollar_signs_are_no_formulas(tmp_path: Path) -> None:
     name = "$\\frac$"
     measured = measurement([1, 0], **{name: 1.0}) | {"perspective_score": {name: 0.5}}
