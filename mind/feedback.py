@@ -40,7 +40,7 @@ def summarise(
     """What is logged, each as (sum, what the sum is to be divided by), so that ranks can be added up. In nats.
 
     cross_entropy, consistency, kl: the loss's parts before their weights, per optimiser step (`consistency` is the
-        symmetric KL in mcc_kd; `kl` only with a teacher)
+        symmetric KL in mcc_kd, and not measured where its weight is 0; `kl` only with a teacher)
     selected_rationales: |I| per question. weight_entropy: of α, per question
     supervised_tokens_per_second
     with gradient_tolerance, per row of logits with a gradient: kept_share of the vocabulary in the backward products,
@@ -60,7 +60,9 @@ def summarise(
     cross_entropy, consistency, kl = torch.stack([item.parts for item in feedback]).sum(0).tolist()
     tokens = sum(item.batch.target_tokens(item.weights > 0) for item in feedback)
     # Each part is already divided by the questions of its step.
-    totals = {"cross_entropy": (cross_entropy, steps), "consistency": (consistency, steps)}
+    totals = {"cross_entropy": (cross_entropy, steps)}
+    if config.method == "mcc_kd" or (config.method != "no_cons" and config.consistency_weight > 0):
+        totals["consistency"] = (consistency, steps)
     if config.kl_weight > 0:
         totals["kl"] = (kl, steps)
     totals["selected_rationales"] = ((weights > 0).sum().item(), len(weights))

@@ -122,7 +122,7 @@ def loss_parts(runs: Sequence[Run]) -> Figure | None:
         runs,
         {
             "cross_entropy": "weighted cross-entropy, nats per token",
-            "consistency": "answer consistency, nats",
+            "consistency": "answer consistency (mcc_kd: symmetric KL), nats",
             "kl": "KL to the teacher, nats",
             "meta_loss": "the assistant's calibration loss, nats",
         },

@@ -347,6 +347,7 @@ def test_loss_and_gradient_are_the_objective(method: str, share_prompt: bool, tm
     expected.backward()
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert entry["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert ("consistency" in entry) == (method != "no_cons")  # no zero for what was not measured
     before = dict(tiny_student().named_parameters())
     for name, parameter in trainer.model.named_parameters():
         gradient = dict(reference.named_parameters())[name].grad
