@@ -34,26 +34,28 @@ SECTIONS = (
     (
         "loss_parts",
         "The parts of the loss",
-        "Before their weights. Faint: each logged step. Bold: averaged over the steps around it.",
+        "Before their weights. Faint: as logged, each the mean since the one before. Bold: averaged over those around "
+        "it.",
         pictures.loss_parts,
     ),
     (
         "perspective_score",
         "What the teaching assistant thinks suits the student",
-        "Its mean score of each perspective's rationales in each step's questions. Step 0: all training questions, the "
-        "assistant warmed up.",
+        "Its mean score of each perspective's rationales in each step's questions. Step 0: those of its warm-up, after "
+        "it.",
         pictures.score_map,
     ),
     (
         "perspective_loss",
         "What the student finds hard",
-        "Its mean loss on each perspective's rationales, over those that were measured. Grey: none was.",
+        "Its mean loss on each perspective's rationales, over those that were measured. Grey: none was. Step 0: before "
+        "training, for the assistant's warm-up.",
         pictures.loss_map,
     ),
     (
         "perspective_selected",
         "Which perspectives were selected",
-        "The share of the questions whose rationale of this perspective the student learned from.",
+        "Of the questions that have a rationale of this perspective, the share in which the student learned from it.",
         pictures.selected_map,
     ),
     (
@@ -83,7 +85,7 @@ ROWS = (
     ("rank correlation of score and loss", "correlation"),
     ("supervised tokens per second", "speed"),
     ("peak memory", "memory"),
-    ("time in all", "minutes"),
+    ("time", "minutes"),
 )
 
 

@@ -22,7 +22,7 @@ from mind.bootstrap import LEVEL, bootstrap_means, interval
 from mind.report.files import Run, write_whole
 
 PICTURE_FILE = "perspectives.png"
-WINDOW = 9  # optimiser steps that a bold line averages over
+WINDOW = 9  # logged steps that a bold line averages over
 WIDTH = 11.0  # inches of a figure
 MAX_COLUMNS = 60  # of a heat map: of a longer run several steps share one
 # Okabe and Ito's colours, told apart by the colour-blind too; the lightest left out.
@@ -34,8 +34,8 @@ Curve = tuple[list[int], list[float]]
 def draw(folder: str | os.PathLike[str], history: Sequence[Mapping[str, Any]], perspectives: Sequence[str]) -> None:
     """Draws perspectives.png: the assistant's score and the student's loss for each perspective over the steps.
 
-    Dots at step 0: the mean over all training questions, the assistant warmed up. Without a teaching assistant, the
-    loss alone.
+    Dots at step 0: the mean over the training questions of the assistant's warm-up, after it. Without a teaching
+    assistant, the loss alone.
     """
     kinds = [
         (kind, label)
@@ -55,7 +55,7 @@ def draw(folder: str | os.PathLike[str], history: Sequence[Mapping[str, Any]], p
         axis.grid(alpha=0.3)
     axes[0, 0].set_title("What suits the student: each perspective over training")
     axes[0, 0].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    axes[-1, 0].set_xlabel("optimiser step (dots: all training questions, the assistant warmed up)")
+    axes[-1, 0].set_xlabel("optimiser step (dots: the training questions of the assistant's warm-up, after it)")
     axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     write_whole(Path(folder) / PICTURE_FILE, png(figure, dpi=150))
 
@@ -204,7 +204,7 @@ def loss_map(runs: Sequence[Run]) -> Figure | None:
 
 
 def selected_map(runs: Sequence[Run]) -> Figure | None:
-    return _heat_maps(runs, "perspective_selected", "share of questions that use it", "Blues", limits=(0, 1))
+    return _heat_maps(runs, "perspective_selected", "share of the questions that have it", "Blues", limits=(0, 1))
 
 
 def _heat_maps(
