@@ -22,6 +22,7 @@ from typing import Any
 METRICS_FILE, LOG_FILE = "metrics.json", "log.jsonl"
 METRICS_VERSION = 1  # of a file that names none, too
 _MEASUREMENT = {"accuracy", "answers", "perspective_loss", "perspective_score"}
+_PER_PERSPECTIVE = {"perspective_loss", "perspective_score", "perspective_selected"}
 _ANSWER = {"id", "wanted", "given", "correct"}
 
 
@@ -36,8 +37,8 @@ class Run:
     @property
     def perspectives(self) -> tuple[str, ...]:
         """In the order in which the run holds them."""
-        logged = (key.partition("perspective_loss/") for entry in self.history for key in entry)
-        names = [name for before, prefix, name in logged if prefix and not before]
+        logged = (key.partition("/") for entry in self.history for key in entry)
+        names = [name for kind, _, name in logged if kind in _PER_PERSPECTIVE]
         return tuple(dict.fromkeys([*self.metrics["before"]["perspective_loss"], *names]))
 
 
@@ -48,7 +49,9 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     """
     paths = [os.path.abspath(folder) for folder in folders]
     base = os.path.commonpath([os.path.dirname(path) for path in paths])
-    return [_read_run(folder, os.path.relpath(path, base)) for folder, path in zip(folders, paths, strict=True)]
+    # A name of bytes that are no text is shown with marks in their place.
+    names = [os.fsencode(os.path.relpath(path, base)).decode(errors="replace") for path in paths]
+    return [_read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
 def _read_run(folder: str, name: str) -> Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 from html.parser import HTMLParser
 from io import BytesIO
@@ -215,6 +216,19 @@ def test_runs_are_told_apart(tmp_path: Path) -> None:
     looks = {(line.get_color(), line.get_linestyle()) for line in lines.legends[0].get_lines()}
     assert len(looks) == 8
     assert [text.get_text() for text in correlation.legends[0].get_texts()] == ["scored"]
+
+
+def test_a_perspective_that_was_only_scored_is_shown(tmp_path: Path) -> None:
+    history = [{"step": 1, "perspective_score/b": 0.5, "perspective_selected/b": 0.0, "perspective_loss/a": 1.0}]
+    (run,) = read_runs([write_run(tmp_path / "run", history, before=measurement(a=1.0))])
+    assert run.perspectives == ("a", "b")
+
+
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"run\xff")
+    run = write_run(folder, before=measurement([1, 0]))
+    assert main(["report", run, "--output", str(tmp_path / "report")]) == 0
+    assert "run\ufffd" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
 
 
 def test_names_with_dollar_signs_are_no_formulas(tmp_path: Path) -> None:
