@@ -135,12 +135,15 @@ def answer_states(
 ) -> Tensor:
     """(len(answers), H) fp32, on the CPU: the mean last-layer state over each answer's tokens and its end of turn.
 
-    prompts: token ids of each answer's question. The answers are tokenised again.
+    prompts: token ids of each answer's question. The answers are tokenised again; what would go beyond the model's
+        positions is left out.
     """
     end = end_of_turn_id(tokenizer)
-    targets = [
-        [*tokenizer(answer, add_special_tokens=False, split_special_tokens=True).input_ids, end] for answer in answers
-    ]
+    positions = getattr(model.config, "max_position_embeddings", None)
+    targets = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        target = [*tokenizer(answer, add_special_tokens=False, split_special_tokens=True).input_ids, end]
+        targets.append(target if positions is None else target[: positions - len(prompt)])
     model.eval()
     rows = []
     for start in range(0, len(answers), batch_size):
@@ -165,8 +168,13 @@ def answer_states(
 
 
 def cluster(states: np.ndarray, labels: np.ndarray, perspectives: tuple[str, ...], *, seed: int = 0) -> LatentAnalysis:
-    """Clusters and projects the states (N, H) whose perspectives are `labels` (N,)."""
+    """Clusters and projects the states (N, H) whose perspectives are `labels` (N,).
+
+    Raises: ValueError when there is nothing to tell the states apart by, or scikit-learn is missing.
+    """
     _require_scikit_learn()
+    if not np.isfinite(states).all() or (states == states[0]).all():
+        raise ValueError("latent: the answers' states are all the same, or NaN or Inf, want states that differ")
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
     from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score

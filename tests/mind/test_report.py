@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from mind.bootstrap import bootstrap_means, interval
 from mind.cli import main
@@ -361,6 +362,25 @@ def test_answer_states_are_means_over_the_answer() -> None:
         torch.testing.assert_close(state, hidden_states[len(prompt) :].mean(0), rtol=1e-4, atol=1e-5)
     alone = answer_states(model, tokenizer, prompts, answers, batch_size=1)
     torch.testing.assert_close(alone, states, rtol=1e-4, atol=1e-5)
+
+
+def test_an_answer_that_fills_the_positions_has_its_states() -> None:
+    tokenizer, prompt_format = tiny_tokenizer(), PromptFormat()
+    prompt = prompt_format.prompt_ids(tokenizer, "How many?")
+    sizes = {"n_positions": len(prompt) + 8, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, **sizes)).eval()
+    (state,) = answer_states(model, tokenizer, [prompt], ["It is 7."])  # 8 tokens, and no room for the end
+    target = tokenizer("It is 7.", add_special_tokens=False).input_ids
+    with torch.no_grad():
+        hidden_states = model.transformer(torch.tensor([prompt + target])).last_hidden_state[0]
+    torch.testing.assert_close(state, hidden_states[len(prompt) :].mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_states_that_tell_nothing_are_refused(value: float) -> None:
+    states = np.full((8, 4), value)
+    with pytest.raises(ValueError, match="latent: the answers' states are all the same, or NaN or Inf"):
+        cluster(states, np.repeat([0, 1], 4), ("a", "b"))
 
 
 def test_clusters_are_found_where_there_are_some() -> None:
