@@ -228,6 +228,7 @@ def _heat_maps(
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_xlabel("optimiser step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_formatter(lambda step, _: f"{step:.0f}" if step >= 0 else "")  # the warm-up is wide, too
         axis.tick_params(length=0)
         for side in axis.spines.values():
             side.set_visible(False)

@@ -133,6 +133,11 @@ def test_a_column_spans_the_steps_that_its_log_tells_of(tmp_path: Path) -> None:
     (run,) = read_runs([write_run(tmp_path / "run", history=history)])
     table, edges = pictures.heat_table(run, "perspective_loss", ["a"])
     assert table.tolist() == [[4, 5, 10, 13]] and edges.tolist() == [-4.5, 0.5, 5.5, 10.5, 13.5]
+    figure = pictures.loss_map([run])
+    assert figure is not None
+    figure.draw_without_rendering()
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert "0" in labels and not any(label.startswith(("-", "−")) for label in labels)
 
 
 def measurement(correct: list[int] | None = None, **losses: float) -> dict[str, Any]:
