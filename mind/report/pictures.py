@@ -24,6 +24,7 @@ from mind.report.files import Run, write_whole
 PICTURE_FILE = "perspectives.png"
 WINDOW = 9  # logged steps that a bold line averages over
 WIDTH = 11.0  # inches of a figure
+MAX_MAPS = 3  # heat maps beside each other: more could not be read
 MAX_COLUMNS = 60  # of a heat map: of a longer run several steps share one
 # Okabe and Ito's colours, told apart by the colour-blind too; the lightest left out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
@@ -108,6 +109,7 @@ def accuracy(runs: Sequence[Run]) -> Figure | None:
     axis.set_xlim(0, 1.25 * furthest + 2)  # room for the last label
     axis.set_xlabel(f"accuracy on held-out questions, %, and its {LEVEL:.0%} interval")
     _tidy(axis)
+    axis.set_xticks([tick for tick in axis.get_xticks() if 0 <= tick <= min(100, axis.get_xlim()[1])])
     return figure
 
 
@@ -164,6 +166,7 @@ def correlation(runs: Sequence[Run]) -> Figure | None:
             right.plot(*point, MARKERS[turn], color=colour)
         if len(scored) == 1:
             _label(right, points)
+    right.set_visible(right.has_data())  # not of runs that were stopped
     left.axhline(-1, color="#999999", linestyle=":", linewidth=1)
     left.set_ylim(-1.08, 1.08)
     left.set_xlabel("optimiser step")
@@ -189,7 +192,7 @@ def _label(axis: Axes, points: Mapping[str, tuple[float, float]]) -> None:
             (x, y),
             xytext=(1.03, place),
             textcoords=axis.get_yaxis_transform(),
-            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.7},
+            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.7, "relpos": (0, 0.5)},
             va="center",
             fontsize=8.5,
         )
@@ -218,9 +221,14 @@ def _heat_maps(
     tables = [heat_table(run, kind, names) for run in shown]
     if limits is None:
         limits = min(np.nanmin(table) for table, _ in tables), max(np.nanmax(table) for table, _ in tables)
-    figure = Figure(figsize=(max(WIDTH, 2.2 + 4.0 * len(shown)), max(2.8, 1.2 + 0.33 * len(names))))
-    axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-    for axis, run, (table, edges) in zip(axes, shown, tables, strict=True):
+    columns = min(MAX_MAPS, len(shown))
+    lines = math.ceil(len(shown) / columns)
+    size = max(WIDTH, 2.2 + 4.0 * columns), lines * max(2.8, 1.2 + 0.33 * len(names))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+    for axis in axes[len(shown) :]:
+        axis.set_visible(False)
+    for axis, run, (table, edges) in zip(axes, shown, tables, strict=False):
         axis.set_facecolor("#dddddd")  # nothing measured
         rows = np.arange(len(names) + 1) - 0.5
         image = axis.pcolormesh(edges, rows, np.ma.masked_invalid(table), cmap=colours, vmin=limits[0], vmax=limits[1])

@@ -224,6 +224,18 @@ def test_runs_are_told_apart(tmp_path: Path) -> None:
     assert [text.get_text() for text in correlation.legends[0].get_texts()] == ["scored"]
 
 
+def test_pictures_can_be_read(tmp_path: Path) -> None:
+    """However many runs, and of a run that was stopped before its score against its loss was measured."""
+    history = [{"step": step, "perspective_loss/a": 1.0, "rank_correlation": -0.5} for step in (1, 2)]
+    folders = [write_run(tmp_path / f"run{i}", history, before=measurement([1, 1], a=1.0)) for i in range(8)]
+    runs = read_runs(folders)
+    maps, correlation, accuracy = pictures.loss_map(runs), pictures.correlation(runs), pictures.accuracy(runs)
+    assert maps is not None and correlation is not None and accuracy is not None
+    assert maps.get_figwidth() < 15 and sum(axis.get_visible() for axis in maps.axes) == 8 + 1  # the colours' scale
+    assert [axis.get_visible() for axis in correlation.axes] == [True, False]
+    assert 50 <= max(accuracy.axes[0].get_xticks()) <= 100
+
+
 def test_a_perspective_that_was_only_scored_is_shown(tmp_path: Path) -> None:
     history = [{"step": 1, "perspective_score/b": 0.5, "perspective_selected/b": 0.0, "perspective_loss/a": 1.0}]
     (run,) = read_runs([write_run(tmp_path / "run", history, before=measurement(a=1.0))])
