@@ -99,8 +99,17 @@ def analyse(
         raise ValueError(
             f"latent: {len(students)} students × {len(records)} questions, want at least {MIN_ANSWERS} answers"
         )
+    # Now, not when the students before it have answered.
+    sizes = {name: load_student(source)[0].config.get_text_config().hidden_size for name, source in students.items()}
+    first, *_ = sizes.values()
+    for name, size in sizes.items():
+        if size != first:
+            raise ValueError(
+                f"latent: the student of {name} has the hidden size {size}, the first one's is {first}, want students "
+                "of one model"
+            )
     states: list[Tensor] = []
-    for name, source in students.items():
+    for source in students.values():
         model, tokenizer = load_student(source)
         model.to(device)  # type: ignore[arg-type]
         result = measure_accuracy(
@@ -114,11 +123,6 @@ def analyse(
         )
         prompts = [prompt_format.prompt_ids(tokenizer, record.question) for record in records]
         states.append(answer_states(model, tokenizer, prompts, result.outputs, batch_size=batch_size))
-        if states[-1].shape[1] != states[0].shape[1]:
-            raise ValueError(
-                f"latent: the student of {name} has the hidden size {states[-1].shape[1]}, the first one's is "
-                f"{states[0].shape[1]}, want students of one model"
-            )
     return cluster(
         torch.cat(states).numpy(), np.repeat(np.arange(len(students)), len(records)), tuple(students), seed=seed
     )

@@ -412,7 +412,7 @@ def test_clusters_are_found_where_there_are_some() -> None:
     assert abs(same.mutual_information) < 0.1 and abs(same.rand_index) < 0.1
 
 
-def test_latent_page(runs: Path, tmp_path: Path) -> None:
+def test_latent_page(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_student(5).save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
     students = {"a": str(runs / "student"), "b": str(tmp_path / "other")}
@@ -429,5 +429,8 @@ def test_latent_page(runs: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "other")
     tiny_student(5, hidden_size=64).save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
+    monkeypatch.setattr("mind.latent.measure_accuracy", None)  # refused before any student answers
     with pytest.raises(ValueError, match="the student of b has the hidden size 64, the first one's is 32"):
         analyse(students, records, **settings)
+    with pytest.raises(ValueError, match="student 'no/such' cannot be loaded"):
+        analyse({"a": students["a"], "b": "no/such"}, records, **settings)
