@@ -106,6 +106,8 @@ class Section:
 def write_report(runs: Sequence[Run], output: str | os.PathLike[str], latent: LatentAnalysis | None = None) -> Path:
     """Writes report.html and the PNGs into the folder `output` and returns the page's path, written last.
 
+    The PNGs of an earlier page there go, also those that this one has none of.
+
     runs: as `read_runs` returns them.
 
     Raises: ValueError when `output` is a file, cannot be made or cannot be written to.
@@ -132,6 +134,9 @@ def write_report(runs: Sequence[Run], output: str | os.PathLike[str], latent: La
         folder.mkdir(parents=True, exist_ok=True)
         for section in sections:
             write_whole(folder / section.file, section.image)
+        for name in {*(name for name, *_ in SECTIONS), "latent"}:
+            if not any(section.file == f"{name}.png" for section in sections):
+                (folder / f"{name}.png").unlink(missing_ok=True)  # an earlier page's, of other runs
         write_whole(folder / PAGE_FILE, html)
     except OSError as error:
         raise ValueError(f"output: {output} cannot be made: {error.strerror}") from error

@@ -224,6 +224,16 @@ def test_runs_are_told_apart(tmp_path: Path) -> None:
     assert [text.get_text() for text in correlation.legends[0].get_texts()] == ["scored"]
 
 
+def test_no_picture_of_an_earlier_page_stays(tmp_path: Path) -> None:
+    some = write_run(tmp_path / "some", [{"step": 1, "cross_entropy": 1.0}], before=measurement([1, 0]))
+    other = write_run(tmp_path / "other", [{"step": 1, "cross_entropy": 1.0}])
+    output = tmp_path / "report"
+    for run, left in ((some, {"accuracy.png", "loss_parts.png"}), (other, {"loss_parts.png"})):
+        assert main(["report", run, "--output", str(output)]) == 0
+        assert {path.name for path in output.iterdir()} == {"report.html", *left}
+        (output / "latent.png").write_bytes(b"")
+
+
 def test_pictures_can_be_read(tmp_path: Path) -> None:
     """However many runs, and of a run that was stopped before its score against its loss was measured."""
     history = [{"step": step, "perspective_loss/a": 1.0, "rank_correlation": -0.5} for step in (1, 2)]
