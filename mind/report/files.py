@@ -155,5 +155,9 @@ def read_log(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file (text as UTF-8) that appears whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -23,7 +23,7 @@ from mind.data import load_records
 from mind.latent import analyse, answer_states, cluster
 from mind.prompting import PromptFormat, end_of_turn_id
 from mind.report import pictures
-from mind.report.files import read_log, read_metrics, read_runs, write_log, write_metrics
+from mind.report.files import read_log, read_metrics, read_runs, write_log, write_metrics, write_whole
 from mind.report.page import SECTIONS, summary
 from mind.report.table import table as terminal_table
 
@@ -361,6 +361,13 @@ def test_arguments_that_cannot_be_used(runs: Path, tmp_path: Path, capsys: pytes
     ):
         assert message in refused(arguments, capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
+
+
+def test_a_file_that_cannot_be_written_leaves_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_whole(tmp_path / "taken", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 def test_metrics_have_a_version_and_those_of_the_first_runs_are_read(tmp_path: Path) -> None:
