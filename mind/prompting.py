@@ -170,6 +170,9 @@ _NUMBER = re.compile(
     (?:(?:\s+|(?=[^\W\d_]{{2}}|°))(?!(?:[a-z]|pi|sqrt)\b)[^\W\d_°](?:[^\d\\=+*<>^]|\^\{{?-?[1-4]\}}?)*|\s*°[cf]?)?""",
     re.VERBOSE | re.IGNORECASE,
 )
+_RELATION = re.compile("[=<>]")
+_LIST = re.compile(r"[;\n]|,(?!\d{3}(?!\d))|\\\\|\b(?:and|or)\b", re.IGNORECASE)  # the comma of 1,000 makes none
+_BRACKETS = re.compile(r"\([^()]*\)")
 _FRAME = re.compile(
     r"\$+([^$]+)\$+ | \\\((.+)\\\) | \\\[(.+)\\\] | \*\*(.+)\*\*"
     r"| \\(?:boxed|text|mathrm|textbf)\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}",
@@ -194,8 +197,8 @@ def answers_match(given: str | None, wanted: str) -> bool:
     In this order: the same words (case, spacing, final punctuation and a leading article aside); option letters
     ("(B)", "B.", "B) 12 cm"); yes/no and true/false by the first word; clock times and ratios part by part; numbers
     (thousands commas, decimals, fractions, mixed numbers, percentages, currency signs; what follows the last "="),
-    whose unit is not compared and where 75 % matches both 75 and 0.75; the rest, LaTeX and algebra, by math-verify.
-    Fractions, powers and roots may be Unicode's: ½, x², √2.
+    whose unit is not compared and where 75 % matches both 75 and 0.75; the rest, LaTeX, algebra and several statements
+    ("x = 3, y = 5"), by math-verify. Fractions, powers and roots may be Unicode's: ½, x², √2.
 
     A list without brackets is a set, as the solutions of an equation are: "1, -2" matches "-2, 1". Where the order
     counts, write the wanted one in parentheses: "(1, 2, 3)" matches "1, 2, 3", but not "3, 2, 1".
@@ -278,6 +281,8 @@ def _same_colon(given: re.Match[str], wanted: re.Match[str]) -> bool:
 
 def _number(text: str) -> tuple[Fraction, bool] | None:
     """(value, whether it has a percent sign) of a plain number, exact; None for anything else."""
+    if any(map(_LIST.search, _RELATION.split(_BRACKETS.sub("", text))[1:-1])):  # x = 3, y = 5 is not 5
+        return None
     match = _NUMBER.fullmatch(re.split(r"(?<![<>!:])=", text)[-1].strip())
     if match is None:
         return None

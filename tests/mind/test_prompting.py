@@ -289,6 +289,9 @@ SAME = [
     ("3, 2, 1", "1, 2, 3"),
     ("x = -2 or x = 1", "1,-2"),
     ("1, 2, 3", "(1, 2, 3)"),
+    ("y = 5, x = 3", "x = 3, y = 5"),
+    ("x = 1,000 + 234 = 1,234", "1234"),
+    ("f(1, 2) = f(2, 1) = 5", "5"),
 ]
 DIFFERENT = [
     (None, "42"),
@@ -331,6 +334,14 @@ DIFFERENT = [
     ("known-well", "well-known"),
     ("3, 2, 1", "(1, 2, 3)"),
     ("(2, 1)", "(1, 2)"),
+    ("x = 3, y = 5", "5"),
+    ("5", "x = 3, y = 5"),
+    ("x = 7, y = 5", "x = 3, y = 5"),
+    ("x=3;y=5", "5 km"),
+    ("x = 3 or x = 5", "5"),
+    ("x > 3 and y = 5", "5"),
+    ("x = 3\\text{ and }y = 5", "5"),
+    ("x = 3\ny = 5", "5"),
 ]
 
 
@@ -386,6 +397,6 @@ def test_an_answer_that_is_a_number(answer: str) -> None:
     assert is_number(answer)
 
 
-@pytest.mark.parametrize("answer", ["brown", "yes", "(B)", "Tuesday", "12:30", "x + 1", ""])
+@pytest.mark.parametrize("answer", ["brown", "yes", "(B)", "Tuesday", "12:30", "x + 1", "x = 3, y = 5", ""])
 def test_an_answer_that_is_none(answer: str) -> None:
     assert not is_number(answer)
