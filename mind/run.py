@@ -96,7 +96,7 @@ def distil(run: RunArguments, config: MindConfig) -> dict[str, Any]:
     def measure() -> dict[str, Any]:
         return _measure(trainer, tokenizer, heldout, measured_dataset, run.max_new_tokens, progress)
 
-    metrics = None if checkpoint is None else _read_before(checkpoint, heldout)
+    metrics = None if checkpoint is None else _read_before(checkpoint, heldout, measured_on, run.max_new_tokens)
     if metrics is None:
         with clock("before"):
             before = measure()
@@ -105,6 +105,7 @@ def distil(run: RunArguments, config: MindConfig) -> dict[str, Any]:
             "method": config.method,
             "questions": len(records),
             "measured_on": measured_on,
+            "max_new_tokens": run.max_new_tokens,
             "before": before,
         }
         if writes:
@@ -248,19 +249,31 @@ def _means(table: Tensor, perspectives: Sequence[str]) -> dict[str, float]:
     return {name: value for name, value in means if value == value}
 
 
-def _read_before(checkpoint: str, heldout: Sequence[Record]) -> dict[str, Any] | None:
+def _read_before(
+    checkpoint: str, heldout: Sequence[Record], measured_on: str, max_new_tokens: int
+) -> dict[str, Any] | None:
     """The metrics of the run that wrote the checkpoint, as far as they go; None when it left none.
 
-    Raises: ValueError when they are of other held-out questions.
+    Raises: ValueError when they are of other questions, or of answers of another length, than will be measured after.
     """
     folder = os.path.dirname(checkpoint)
     metrics = read_metrics(folder)
     if metrics is not None:
+        path = os.path.join(folder, METRICS_FILE)
         given = [answer["id"] for answer in metrics["before"]["answers"] or []]
         if given != [record.id for record in heldout]:
             raise ValueError(
-                f"{os.path.join(folder, METRICS_FILE)}: tells the accuracy on {len(given)} other held-out questions, "
+                f"{path}: tells the accuracy on {len(given)} other held-out questions, "
                 f"want the {len(heldout)} of this run"
+            )
+        if metrics.get("measured_on") != measured_on:
+            raise ValueError(
+                f"{path}: tells the losses on {metrics.get('measured_on')}, want those of this run on {measured_on}"
+            )
+        longest = metrics.get("max_new_tokens", max_new_tokens)  # which metrics did not tell at first
+        if heldout and longest != max_new_tokens:
+            raise ValueError(
+                f"{path}: tells the accuracy with max_new_tokens = {longest}, want this run's {max_new_tokens}"
             )
     return metrics
 

@@ -324,6 +324,16 @@ def rename(records: list[dict[str, Any]], old: str, new: str | None) -> list[dic
         ),
         (
             raw_records(13),
+            {"num_measured": 1},
+            "metrics.json: tells the losses on 2 held-out questions, want those of this run on 1 held-out questions",
+        ),
+        (
+            raw_records(13),
+            {"max_new_tokens": 9},
+            "metrics.json: tells the accuracy with max_new_tokens = 8, want this run's 9",
+        ),
+        (
+            raw_records(13),
             {"use_lora": True},
             "was trained with no LoRA, want LoRA of rank 16 as use_lora and lora_r say",
         ),
