@@ -61,7 +61,7 @@ def measure_accuracy(
             raise ValueError(f"{name} must be at least 1, got {value}")
     prompts = [prompt_format.prompt_ids(tokenizer, record.question) for record in records]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = len(prompts[order[0]])
     if positions is not None and longest + max_new_tokens > positions:
         raise ValueError(

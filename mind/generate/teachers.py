@@ -326,7 +326,7 @@ class LocalTeacher:
         for request in requests:
             text = chat_text(tokenizer, [{"role": "user", "content": request.prompt}], add_generation_prompt=True)
             ids = tokenizer(text, add_special_tokens=False).input_ids
-            room = getattr(model.config, "max_position_embeddings", math.inf)
+            room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
             if len(ids) + self.sampling.max_tokens > room:
                 reason = f"{len(ids)} tokens of prompt and max_tokens exceed the model's {room} positions"
                 if not proven:

@@ -5,7 +5,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GenerationConfig,
     GPT2Config,
@@ -222,3 +224,14 @@ def test_bad_input(tokenizer, records, options, message):
     with pytest.raises(ValueError) as caught:
         measure_accuracy(model, tokenizer, records, prompt_format=PROMPT_FORMAT, **options)
     assert str(caught.value) == message
+
+
+def test_positions_of_a_model_that_sees_pictures(tokenizer):
+    """Its limit stands in the configuration of its text model alone."""
+    text = {"vocab_size": 259, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision))
+    with pytest.raises(ValueError, match="exceed the model's 128 positions"):
+        measure_accuracy(model, tokenizer, RECORDS, prompt_format=PROMPT_FORMAT, max_new_tokens=80)

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
 
 from mind.cli import main
 from mind.data import load_records
@@ -251,6 +251,19 @@ def test_local_answers_do_not_depend_on_the_batch(tiny: Path) -> None:
     assert together[2].refusal is not None and "exceed the model's 1024 positions" in together[2].refusal
     cut = ask_locally(tiny, Sampling(max_tokens=3), texts[:1])[0]
     assert (cut.text, cut.finish_reason, cut.completion_tokens) == ("Two", "length", 3)
+
+
+def test_positions_of_a_model_that_sees_pictures(tiny: Path, tmp_path: Path) -> None:
+    """Its limit stands in the configuration of its text model alone."""
+    text = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
+    fits, long = ask_locally(tmp_path, Sampling(max_tokens=4), ["Hm", "x" * 99])
+    assert fits.refusal is None and fits.completion_tokens
+    assert long.refusal is not None and "exceed the model's 64 positions" in long.refusal
 
 
 def test_sampling_is_seeded(tiny: Path) -> None:
