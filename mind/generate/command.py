@@ -223,6 +223,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     teacher, judge_model, student = _models(config)
     with Ledger(files.ledger) as ledger:
         work = _Work(config, records, prompts, ledger, judge_model)
+        work.try_judge([teacher] if student is None else [teacher, student])
         verdicts = work.verdicts(teacher)
         by_whom = verdicts if student is None else work.verdicts(student)
         difficulties = {
@@ -315,7 +316,7 @@ def _models(config: GenerateConfig) -> tuple[Teacher, Teacher | None, Teacher | 
             key = read_key(config.judge_api_key_env, required=True)
         elif judge_url != config.base_url:  # nobody is shown another one's key
             key = None
-        judge_model = ServerTeacher(config.judge, judge_url, key, brief, **served)
+        judge_model = ServerTeacher(config.judge, judge_url, key, brief, **served, role="judge")
     elif config.judge is not None:
         judge_model = LocalTeacher(config.judge, brief, **local)
     student = None
@@ -380,17 +381,32 @@ class _Work:
         }
         return verdicts if self.judge_model is None else verdicts | self._judge_free_text(self.judge_model, verdicts)
 
+    def try_judge(self, models: Iterable[Teacher]) -> None:
+        """Has a served judge compare one right answer with itself while others have still to answer and be paid for.
+
+        Raises: GenerateError when there is no such server or model, or it does not take the key or the settings.
+        """
+        record = next((record for record in self.records if is_free_text(record.answer)), None)
+        if record is None or not isinstance(self.judge_model, ServerTeacher):
+            return
+        requests = (request for model in models for request in self.requests(model).values())
+        if any(request.key not in self.ledger.answers for request in requests):
+            request = self._judge_request(self.judge_model, record, record.answer, "judge")
+            self._ask(self.judge_model, [request], "verdict")
+
+    def _judge_request(self, model: Teacher, record: Record, given: str, perspective: str) -> Request:
+        prompt = JUDGE_PROMPT.read_text(encoding="utf-8").strip()
+        text = fill(prompt, {"question": record.question, "answer": record.answer, "given": given})
+        return Request(request_key(model.identity, text), record.id, perspective, text)
+
     def _judge_free_text(self, model: Teacher, verdicts: Mapping[Pair, Verdict]) -> dict[Pair, Verdict]:
         """Second opinions, of the model judge, on free-text answers in other words."""
-        prompt = JUDGE_PROMPT.read_text(encoding="utf-8").strip()
         by_id = {record.id: record for record in self.records}
         requests = {}
         for pair, verdict in verdicts.items():
             record = by_id[pair[0]]
             if verdict.reason == WRONG and verdict.given and is_free_text(record.answer):
-                values = {"question": record.question, "answer": record.answer, "given": verdict.given}
-                text = fill(prompt, values)
-                requests[pair] = Request(request_key(model.identity, text), record.id, f"judge of {pair[1]}", text)
+                requests[pair] = self._judge_request(model, record, verdict.given, f"judge of {pair[1]}")
         self._ask(model, requests.values(), "verdict")
         opinions = {}
         for pair, request in requests.items():

@@ -89,6 +89,7 @@ class ServerTeacher:
     max_tries: of one request. retry_wait: seconds, about, before the second try; doubles with each up to LONGEST_WAIT;
         a server's Retry-After is waited out if it is longer.
     extra_body: further fields of a request. They win over the sampling's, and null takes a field out.
+    role: what an error calls the model.
 
     Raises: GenerateError when base_url cannot be used or holds a secret.
     """
@@ -102,6 +103,7 @@ class ServerTeacher:
     timeout: float = 600.0
     max_tries: int = 8
     retry_wait: float = 1.0
+    role: str = "teacher"
 
     def __post_init__(self) -> None:
         wanted = "base_url: want an address like http://localhost:8000/v1"
@@ -243,7 +245,7 @@ class ServerTeacher:
 
     @property
     def _place(self) -> str:
-        return f"teacher {self.model!r} at {self.base_url}"
+        return f"{self.role} {self.model!r} at {self.base_url}"
 
     def _clean(self, text: object) -> str:
         """One line, not too long, without the key."""

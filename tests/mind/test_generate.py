@@ -191,13 +191,16 @@ def test_a_model_judges_free_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def judge(body: dict[str, Any], number: int) -> Reply:
         prompt = body["messages"][0]["content"]
-        assert "Correct answer: Marie Curie\n\nGiven answer: Madame Curie" in prompt or "Rhine" in prompt
+        if number == 0:  # whether it answers at all: one right answer to compare with itself
+            assert "Correct answer: Marie Curie\n\nGiven answer: Marie Curie" in prompt and server.bodies == []
+        else:
+            assert "Correct answer: Marie Curie\n\nGiven answer: Madame Curie" in prompt or "Rhine" in prompt
         return completion("Yes." if "Curie" in prompt else "No, another river.")
 
     with loopback(teacher) as server, loopback(judge) as other:
         report = generate(tmp_path, server.url, judge="j", judge_base_url=other.url)
         # one verdict for each pair of answers, whoever gave it
-        assert report["requests"] == {"m": 24, "j": 2} and len(other.bodies) == 2
+        assert report["requests"] == {"m": 24, "j": 3} and len(other.bodies) == 3
         assert generate(tmp_path, server.url, judge="j", judge_base_url=other.url)["requests"] == {}
     records = load_records(tmp_path / "out.jsonl")
     assert [(record.id, len(record.rationales)) for record in records] == [("a", 8), ("c", 8)]
@@ -205,6 +208,39 @@ def test_a_model_judges_free_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     # the teacher's key is not shown to another server
     assert {headers["authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
     assert all(KEY not in str(headers) for headers in other.headers)
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (refusal(404, "no model j"), "does not know the model or the address (404: no model j)"),
+        (refusal(401, "who?"), "refuses the key (401), want a valid one in the environment"),
+        (refusal(503, "busy"), "answers 503: busy; answers so far are kept, run again to go on"),
+    ],
+)
+def test_a_judge_that_does_not_answer_is_found_before_the_teacher_is_asked(
+    reply: Reply, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    river = {"id": "r", "question": "Where is it? What is 0 + 3?", "answer": "the Nile"}
+    with loopback(solve) as server, loopback(lambda body, number: reply) as other:
+        judge = {"judge": "j", "judge_base_url": other.url}
+        # without an answer in words there is nothing for it to judge
+        assert generate(tmp_path, server.url, **judge)["requests"] == {"m": 32} and other.bodies == []
+        write(tmp_path / "questions.jsonl", [*sums(4), river])
+        assert refused(tmp_path, capsys, server.url, **judge) == f"judge 'j' at {other.url}: {message}"
+        assert len(server.bodies) == 32
+
+
+def test_a_judge_is_not_asked_about_a_finished_run(tmp_path: Path) -> None:
+    """Nor whether it is there, where the ledger is one of before this was asked."""
+    write(tmp_path / "questions.jsonl", [{"id": "r", "question": "What is 0 + 3?", "answer": "three"}])
+    with loopback(solve) as server, loopback(lambda body, number: completion("yes")) as other:
+        generate(tmp_path, server.url, judge="j", judge_base_url=other.url)
+        ledger = tmp_path / "out.ledger.jsonl"
+        first, *rest = ledger.read_bytes().splitlines(keepends=True)
+        assert json.loads(first)["model"] == "j" and len(rest) == 9
+        ledger.write_bytes(b"".join(rest))
+        assert generate(tmp_path, server.url, judge="j", judge_base_url=other.url)["requests"] == {}
 
 
 def test_near_duplicates_are_flagged(tmp_path: Path) -> None:
