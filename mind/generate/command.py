@@ -158,6 +158,17 @@ class GenerateConfig:
             )
         if self.top_logprobs and self.student is None:
             raise GenerateError("student: not given, want the one whose tokens top_logprobs are aligned to")
+        judged_by_server = self.judge_base_url is not None or self.base_url is not None
+        for name, used, needs in (
+            ("student", self.top_logprobs, "top_logprobs"),
+            ("extra_body", self.base_url, "base_url"),
+            ("api_key_env", self.base_url, "base_url"),
+            ("judge_base_url", self.judge, "judge"),
+            ("judge_api_key_env", self.judge, "judge"),
+            ("judge_api_key_env", judged_by_server, "judge_base_url or base_url"),
+        ):
+            if getattr(self, name) is not None and not used:  # its value may hold a key
+                raise GenerateError(f"{name}: given without {needs}, where it has no effect")
         PromptFormat(self.answer_suffix)
         self._want("seed", 0 <= self.seed < 2**32, f"0 to {2**32 - 1}")
         self._want("extra_body", isinstance(self.fields_of_request, dict), "a JSON object")
@@ -301,9 +312,10 @@ def _models(config: GenerateConfig) -> tuple[Teacher, Teacher | None, Teacher | 
         tokens = StudentTokens(config.student, _load_tokenizer("student", config.student))
     sampling = Sampling(config.max_tokens, config.temperature, config.top_logprobs, tokens)
     local = {"batch_size": config.concurrency, "seed": config.seed}
-    key = read_key(config.api_key_env or "OPENAI_API_KEY", required=config.api_key_env is not None)
+    key = None
     served = {name: getattr(config, name) for name in ("concurrency", "timeout", "max_tries", "retry_wait")}
     if config.base_url is not None:
+        key = read_key("api_key_env", config.api_key_env or "OPENAI_API_KEY", required=config.api_key_env is not None)
         teacher: Teacher = ServerTeacher(
             config.teacher, config.base_url, key, sampling, config.fields_of_request, **served
         )
@@ -313,7 +325,7 @@ def _models(config: GenerateConfig) -> tuple[Teacher, Teacher | None, Teacher | 
     judge_url, brief = config.judge_base_url or config.base_url, Sampling(JUDGE_TOKENS)
     if config.judge is not None and judge_url is not None:
         if config.judge_api_key_env is not None:
-            key = read_key(config.judge_api_key_env, required=True)
+            key = read_key("judge_api_key_env", config.judge_api_key_env, required=True)
         elif judge_url != config.base_url:  # nobody is shown another one's key
             key = None
         judge_model = ServerTeacher(config.judge, judge_url, key, brief, **served, role="judge")

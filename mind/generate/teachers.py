@@ -89,7 +89,7 @@ class ServerTeacher:
     max_tries: of one request. retry_wait: seconds, about, before the second try; doubles with each up to LONGEST_WAIT;
         a server's Retry-After is waited out if it is longer.
     extra_body: further fields of a request. They win over the sampling's, and null takes a field out.
-    role: what an error calls the model.
+    role: "teacher" or "judge", as errors call the model.
 
     Raises: GenerateError when base_url cannot be used or holds a secret.
     """
@@ -106,7 +106,8 @@ class ServerTeacher:
     role: str = "teacher"
 
     def __post_init__(self) -> None:
-        wanted = "base_url: want an address like http://localhost:8000/v1"
+        setting = "judge_base_url" if self.role == "judge" else "base_url"
+        wanted = f"{setting}: want an address like http://localhost:8000/v1"
         try:
             parts = urlsplit(self.base_url)
             _ = parts.port
@@ -115,7 +116,7 @@ class ServerTeacher:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise GenerateError(wanted)
         if parts.username or parts.password or parts.query:
-            raise GenerateError("base_url: holds a user name, password or query, want keys in the environment only")
+            raise GenerateError(f"{setting}: holds a user name, password or query, want keys in the environment only")
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -267,20 +268,22 @@ def retry_after(header: str | None) -> float:
     return max(0.0, seconds) if math.isfinite(seconds) else 0.0
 
 
-def read_key(variable: str, required: bool) -> str | None:
+def read_key(setting: str, variable: str, required: bool) -> str | None:
     """The key in an environment variable; messages never show what was given, which may be the key itself.
+
+    setting: what names the variable.
 
     Raises: GenerateError when it is not set but required, or is no header.
     """
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
-        raise GenerateError("api_key_env: want the name of an environment variable that holds the key, not the key")
+        raise GenerateError(f"{setting}: want the name of an environment variable that holds the key, not the key")
     key = os.environ.get(variable)
     if key is None:
         if required:
-            raise GenerateError("api_key_env: no environment variable of this name is set")
+            raise GenerateError(f"{setting}: no environment variable of this name is set")
         return None
     if not key.isascii() or not key.isprintable() or not key.strip():
-        raise GenerateError(f"api_key_env: what {variable} holds is no key, want printable ASCII characters")
+        raise GenerateError(f"{setting}: what {variable} holds is no key, want printable ASCII characters")
     return key.strip()
 
 

@@ -453,6 +453,33 @@ def test_a_server_that_does_not_answer(
         ({"extra_body": "{"}, "extra_body: given '{', want a JSON object: "),
         ({"extra_body": "[1]"}, "extra_body: given '[1]', want a JSON object"),
         ({"top_logprobs": 5}, "student: not given, want the one whose tokens top_logprobs are aligned to"),
+        ({"student": "smollm2-135m"}, "student: given without top_logprobs, where it has no effect"),
+        (
+            {"base_url": None, "extra_body": '{"top_p": 1}'},
+            "extra_body: given without base_url, where it has no effect",
+        ),
+        ({"base_url": None, "api_key_env": KEY}, "api_key_env: given without base_url, where it has no effect"),
+        (
+            {"judge_base_url": f"http://user:{KEY}@localhost/v1"},
+            "judge_base_url: given without judge, where it has no effect",
+        ),
+        ({"judge_api_key_env": KEY}, "judge_api_key_env: given without judge, where it has no effect"),
+        (
+            {"base_url": None, "judge": "j", "judge_api_key_env": KEY},
+            "judge_api_key_env: given without judge_base_url or base_url, where it has no effect",
+        ),
+        (
+            {"judge": "j", "judge_api_key_env": "NO_SUCH_VARIABLE"},
+            "judge_api_key_env: no environment variable of this name is set",
+        ),
+        (
+            {"judge": "j", "judge_base_url": "localhost:8000"},
+            "judge_base_url: want an address like http://localhost:8000/v1",
+        ),
+        (
+            {"judge": "j", "judge_base_url": f"http://user:{KEY}@localhost/v1"},
+            "judge_base_url: holds a user name, password or query, want keys in",
+        ),
         ({"answer_suffix": "no placeholder"}, 'answer_suffix must contain "{answer}" exactly once'),
         ({"prompts": "no/such"}, "prompts: no/such is no folder"),
         ({"data": "no/such.jsonl"}, "no/such.jsonl: no such file or folder"),

@@ -203,6 +203,11 @@ def test_a_local_model(folder: Path, tiny: Path) -> None:
     assert (folder / "out.jsonl").read_bytes() == whole
 
 
+def test_a_local_model_needs_no_key(folder: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    assert_tiny_records(folder, generate(folder, "", **settings(folder, tiny, base_url=None)))
+
+
 def test_difficulty_by_a_student(folder: Path, tiny: Path) -> None:
     """The teacher is always right; the student only where the answer is 5."""
 
