@@ -134,7 +134,11 @@ class MindConfig(TrainingArguments):
 
     # Tokens and memory
     answer_suffix: str = field(
-        default=PromptFormat.answer_suffix, metadata={"help": 'What follows every rationale; holds "{answer}" once.'}
+        default=PromptFormat.answer_suffix,
+        metadata={
+            "help": 'What follows every rationale; holds "{answer}" once. An answer that is not read back from it is '
+            "an error: one with a line break; with this suffix one like St. Ives, which wants one without a period."
+        },
     )
     max_length: int = field(
         default=1024, metadata={"help": "Tokens of a prompt, rationale and suffix; a longer one is an error."}

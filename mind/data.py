@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from mind.problems import PERSPECTIVES
-from mind.prompting import PromptFormat, answers_match
+from mind.prompting import ANSWER, PromptFormat, answers_match
 
 if TYPE_CHECKING:
     import datasets
@@ -89,6 +89,19 @@ def load_records(
     if not records:
         raise DataError(f"{name}: no records, want at least one")
     return records
+
+
+def check_answer(record: Record, prompt_format: PromptFormat) -> None:
+    """Raises: DataError when the answer, written as training writes it, is read back as another: whoever gives it would
+    be judged wrong.
+    """
+    suffix = prompt_format.answer_suffix
+    read = prompt_format.extract_answer(suffix.replace(ANSWER, record.answer))
+    if not answers_match(read, record.answer):
+        raise DataError(
+            f"question {record.id!r}: answer {record.answer!r} is read back as {read!r} from {suffix!r}, want it on "
+            "one line, and another answer_suffix where it holds what ends this one"
+        )
 
 
 def perspectives_of(records: Iterable[Record]) -> tuple[str, ...]:
@@ -279,9 +292,10 @@ def encode_record(
     The suffix is tokenised once, so the last `answer_length` ids are the same in every target. Nothing is cut: a
     rationale without its end, followed by an answer it did not reach, is not worth imitating.
 
-    Raises: DataError for a rationale longer than `max_length` tokens (prompt and suffix included), and for a
-        perspective that is not among `perspectives`.
+    Raises: DataError for a rationale longer than `max_length` tokens (prompt and suffix included), for a perspective
+        that is not among `perspectives`, and as `check_answer`.
     """
+    check_answer(record, prompt_format)
     by_perspective = {rationale.perspective: rationale for rationale in record.rationales}
     for name in by_perspective:
         if name not in perspectives:

@@ -14,12 +14,11 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from mind.attach import evaluation_mode
+from mind.data import Record, check_answer
 from mind.prompting import PromptFormat, answers_match, end_of_turn_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from mind.data import Record
 
 
 @dataclass
@@ -51,14 +50,16 @@ def measure_accuracy(
     The model's training mode (of every module) and generation settings are as before afterwards; its weights and the
     tokenizer are not touched.
 
-    Raises: ValueError when there are no records, a size is below 1, or a prompt leaves no room for `max_new_tokens` in
-        the model's positions.
+    Raises: ValueError when there are no records, a size is below 1, a prompt leaves no room for `max_new_tokens` in the
+        model's positions, or a record's answer cannot be read back (`mind.data.check_answer`).
     """
     if not records:
         raise ValueError("records is empty, want at least one question to measure accuracy on")
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    for record in records:
+        check_answer(record, prompt_format)
     prompts = [prompt_format.prompt_ids(tokenizer, record.question) for record in records]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -74,8 +74,8 @@ class PromptFormat:
         The text before the answer is matched whatever its case and spacing, and may be emphasised ("**…**"). The answer
         reaches to the text that closes the suffix (for a "}" the one that balances, for a "." one that is not a decimal
         point) or to the end of the line; outer whitespace, periods and colons are dropped. So with the default suffix
-        an answer that itself holds a period and a space ("St. Ives") is cut there: use a suffix without a period for
-        such data.
+        an answer that itself holds a period and a space ("St. Ives") is cut there: `mind.data.check_answer` refuses
+        such data, which want a suffix without a period.
         """
         before, _, after = self.answer_suffix.partition(ANSWER)
         opening = r"\s+".join(re.escape(word) for word in before.split())

@@ -29,7 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from mind.checkpoint import PARTIAL_PREFIX, publish
 from mind.config import MindConfig
-from mind.data import DataError, MindDataset, Record, load_records, perspectives_of
+from mind.data import DataError, MindDataset, Record, check_answer, load_records, perspectives_of
 from mind.encoder import RationaleEncoder
 from mind.evaluation import measure_accuracy
 from mind.generate.topk import TopKTeacher
@@ -187,6 +187,7 @@ def _read_data(run: RunArguments, config: MindConfig) -> tuple[list[Record], lis
         ]
     seen = {record.question: record.id for record in records}
     for record in heldout:
+        check_answer(record, config.prompt_format)
         if record.question in seen:
             raise DataError(
                 f"{run.heldout or run.data}: held-out question {record.id!r} is training question "

@@ -22,7 +22,7 @@ import torch
 import yaml
 from transformers import GenerationConfig
 
-from mind.data import load_records
+from mind.data import check_answer, load_records
 from mind.evaluate.results import FORMAT, VERSION, EvaluationError, averages, task_result
 from mind.evaluate.rows import exact_match, to_dataset
 from mind.evaluation import generation_stop_ids
@@ -172,10 +172,10 @@ def _load_tasks(
     for distribution, paths in (("in", data), ("out", ood_data)):
         for path in paths:
             config = read_task_file(TASKS_FOLDER / "common.yaml") | {"task": Path(path).stem, "test_split": "test"}
-            docs = [
-                {"id": record.id, "question": record.question, "answers": [record.answer]}
-                for record in load_records(path, require_rationales=False)
-            ]
+            records = load_records(path, require_rationales=False)
+            for record in records:
+                check_answer(record, prompt_format)
+            docs = [{"id": record.id, "question": record.question, "answers": [record.answer]} for record in records]
             config["custom_dataset"] = functools.partial(_given, docs)
             config["metadata"] = {"version": VERSION, "distribution": distribution}
             add(config, path)

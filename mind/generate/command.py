@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from mind.cli import dataclass_parser, parse_settings
-from mind.data import Record, load_records
+from mind.data import Record, check_answer, load_records
 from mind.generate import GenerateError
 from mind.generate.judge import (
     UNDECIDED,
@@ -229,6 +229,8 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         in spite of all tries.
     """
     records = load_records(config.data, require_rationales=False)
+    for record in records:
+        check_answer(record, config.prompt_format)
     prompts = read_prompts(config.prompts)
     files = Files.of(config)
     teacher, judge_model, student = _models(config)

@@ -106,6 +106,9 @@ def test_heldout_questions(inputs: Path, tmp_path: Path, capsys: pytest.CaptureF
     write_jsonl(tmp_path / "heldout.jsonl", [foreign])
     given = refused(flags(inputs, tmp_path / "out", heldout=tmp_path / "heldout.jsonl"), capsys)
     assert "perspective 'poetry' is not one of formal_symbolic, " in given
+    write_jsonl(tmp_path / "heldout.jsonl", [{"id": "s", "question": "Where?", "answer": "St. Ives"}])
+    given = refused(flags(inputs, tmp_path / "out", heldout=tmp_path / "heldout.jsonl", student="no/such"), capsys)
+    assert given.startswith("question 's': answer 'St. Ives' is read back as 'St' from ")
     assert_nothing_written(tmp_path / "out")
 
 

@@ -198,6 +198,29 @@ def test_a_rationale_that_is_too_long_is_an_error_not_cut() -> None:
     assert f"max_length = {longest - 1}" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("answer", "read"),
+    [("St. Ives", "'St'"), ("two\nlines", "'two'"), ("1. e4 e5", "'1'"), (".", "None")],
+)
+def test_an_answer_that_is_not_read_back_is_refused(answer: str, read: str) -> None:
+    """A student that has learnt to write it would be judged wrong for it."""
+    row = raw_records(1)[0]
+    row |= {"answer": answer, "rationales": [item | {"answer": answer} for item in row["rationales"]]}
+    record = load_records([row])[0]
+    with pytest.raises(DataError) as error:
+        MindDataset([record], tiny_tokenizer())
+    written = f"question 'q0': answer {answer!r} is read back as {read} from '\\nThe answer is {{answer}}.', want "
+    assert str(error.value) == written + "it on one line, and another answer_suffix where it holds what ends this one"
+
+
+@pytest.mark.parametrize("answer", ["St. Ives", "1. e4 e5", "Washington D.C.", "x = 3, y = 5", ".5", "5!", "J. Doe"])
+def test_an_answer_that_is_read_back_is_taken(answer: str) -> None:
+    row = raw_records(1)[0]
+    row |= {"answer": answer, "rationales": [item | {"answer": answer} for item in row["rationales"]]}
+    prompt_format = PromptFormat("\nThe answer is {answer}")
+    assert len(MindDataset(load_records([row]), tiny_tokenizer(), prompt_format=prompt_format)) == 1
+
+
 def test_a_dataset_refuses_what_does_not_fit() -> None:
     records = load_records(raw_records(2))
     with pytest.raises(ValueError, match=r"features: given shape \(2, 3, 5\), want \(2, 4, D\)"):

@@ -353,6 +353,8 @@ def test_bad_files(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     output = tmp_path / "result.json"
     assert "empty.jsonl: no records" in refused(flags(inputs, output, data=empty), capsys)
     assert "other.jsonl:1: id: the field is missing" in refused(flags(inputs, output, data=other), capsys)
+    lines = write(tmp_path / "lines.jsonl", [{"id": "s", "question": "Which?", "answer": "two\nlines"}])
+    assert "question 's': answer 'two\\nlines' is read back as " in refused(flags(inputs, output, data=lines), capsys)
     line = refused(flags(inputs, output, data=None, tasks=f"gsm8k={other}"), capsys)
     assert "task gsm8k: row 0 is not a row of this data set" in line and "it has the columns text" in line
     assert "task svamp: " in refused(flags(inputs, output, data=None, tasks=f"svamp={empty}"), capsys)

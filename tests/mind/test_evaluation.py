@@ -217,6 +217,12 @@ def test_progress_bar(tokenizer, capsys):
             {"max_new_tokens": 80},
             "record 'd': its prompt of 50 tokens and max_new_tokens=80 exceed the model's 128 positions",
         ),
+        (
+            [*RECORDS, Record("s", "Where?", "St. Ives", ())],
+            {},
+            "question 's': answer 'St. Ives' is read back as 'St' from '\\nThe answer is {answer}.', want it on one "
+            "line, and another answer_suffix where it holds what ends this one",
+        ),
     ],
 )
 def test_bad_input(tokenizer, records, options, message):

@@ -503,6 +503,14 @@ def test_an_empty_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert_no_output(tmp_path)
 
 
+def test_a_right_answer_that_would_be_judged_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions = [*sums(2), {"id": "s", "question": "Where is it? What is 0 + 3?", "answer": "St. Ives"}]
+    write(tmp_path / "questions.jsonl", questions)
+    message = refused(tmp_path, capsys)
+    assert message.startswith("question 's': answer 'St. Ives' is read back as 'St' from ")
+    assert_no_output(tmp_path)
+
+
 def test_answers_that_cannot_be_parsed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with loopback(lambda body, number: completion("42, I think")) as server:
         message = refused(tmp_path, capsys, server.url)
