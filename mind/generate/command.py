@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections import Counter
@@ -145,7 +146,7 @@ class GenerateConfig:
             self._want(name, getattr(self, name) >= 1, "at least 1")
         for name in ("timeout", "retry_wait"):
             self._want(name, getattr(self, name) > 0, "a positive number of seconds")
-        self._want("temperature", self.temperature >= 0, "a number that is not negative")
+        self._want("temperature", 0 <= self.temperature < math.inf, "a number that is not negative")
         self._want("top_logprobs", self.top_logprobs >= 0, "a number that is not negative")
         for name in ("easy_difficulty", "easy_share"):
             self._want(name, 0 <= getattr(self, name) <= 1, "a number in [0, 1]")
@@ -180,7 +181,9 @@ class GenerateConfig:
     @property
     def fields_of_request(self) -> dict[str, Any]:
         try:
-            return json.loads(self.extra_body or "{}")
+            fields = json.loads(self.extra_body or "{}")
+            json.dumps(fields, allow_nan=False)  # NaN, which Python reads, is in no request
+            return fields
         except ValueError as error:
             raise GenerateError(f"extra_body: given {self.extra_body!r}, want a JSON object: {error}") from error
 
@@ -293,6 +296,9 @@ class Files:
         )
         if not output.parent.is_dir():
             raise GenerateError(f"output: {output.parent} is no folder, want one to write {output.name} in")
+        for path in (*vars(files).values(), files.ledger.with_name(f"{files.ledger.name}.lock")):
+            if path.is_dir():  # now, not when everything is answered
+                raise GenerateError(f"output: {path} is a folder, want a file or nothing there")
         if output.exists() and not files.ledger.exists():
             raise GenerateError(f"output: {output} exists already without {files.ledger.name}, want a new file")
         try:  # a lock that cannot be made would look like another's

@@ -431,6 +431,7 @@ def test_a_server_that_does_not_answer(
     [
         ({"concurrency": 0}, "concurrency: given 0, want at least 1"),
         ({"temperature": -1}, "temperature: given -1.0, want a number that is not negative"),
+        ({"temperature": "inf"}, "temperature: given inf, want a number that is not negative"),
         ({"easy_share": 2}, "easy_share: given 2.0, want a number in [0, 1]"),
         ({"timeout": 0}, "timeout: given 0.0, want a positive number of seconds"),
         ({"engine": "magic"}, "argument --engine: invalid choice: 'magic'"),
@@ -452,6 +453,7 @@ def test_a_server_that_does_not_answer(
         ({"api_key_env": "NO_SUCH_VARIABLE"}, "api_key_env: no environment variable of this name is set"),
         ({"extra_body": "{"}, "extra_body: given '{', want a JSON object: "),
         ({"extra_body": "[1]"}, "extra_body: given '[1]', want a JSON object"),
+        ({"extra_body": '{"top_p": NaN}'}, "extra_body: given '{\"top_p\": NaN}', want a JSON object: "),
         ({"top_logprobs": 5}, "student: not given, want the one whose tokens top_logprobs are aligned to"),
         ({"student": "smollm2-135m"}, "student: given without top_logprobs, where it has no effect"),
         (
@@ -527,6 +529,15 @@ def test_an_output_of_another_program_is_not_overwritten(tmp_path: Path, capsys:
         "questions.jsonl exists already" in message
         and len(load_records(tmp_path / "questions.jsonl", require_rationales=False)) == 4
     )
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.report.json", "out.topk.parquet", "out.ledger.jsonl.lock"])
+def test_a_folder_stands_where_a_file_is_to_be_written(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.ledger.jsonl").touch()
+    (tmp_path / name).mkdir()
+    assert refused(tmp_path, capsys) == f"output: {tmp_path / name} is a folder, want a file or nothing there"
 
 
 def test_fields_of_a_request(tmp_path: Path) -> None:
