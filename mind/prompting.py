@@ -160,11 +160,13 @@ TIME_LIMIT = 2  # seconds for parsing or comparing one expression
 TOLERANCE = Fraction(1, 10**6)  # relative below 1, absolute above: two different whole numbers never match
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
+_SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _NUMBER = re.compile(
     rf"""[$€£¥₹]?\s*(?P<sign>[-+]?)\s*[$€£¥₹]?\s*
     (?:(?P<whole>\d+)\s+(?=\d+\s*/))?                  # 3 1/2
     (?P<numerator>{_DIGITS})(?:e(?P<exponent>[-+]?\d{{1,2}}))?
     (?:\s*/\s*(?P<denominator>{_DIGITS}))?
+    (?:\s*(?P<scale>{"|".join(_SCALES)})s?\b)?
     (?:\s*(?:(?P<percent>%|percent\b)|[$€£¥₹¢]))?
     # A unit: words, with ^2 or ^{-1}. One letter, pi or sqrt may be algebra: left to math-verify.
     (?:(?:\s+|(?=[^\W\d_]{{2}}|°))(?!(?:[a-z]|pi|sqrt)\b)[^\W\d_°](?:[^\d\\=+*<>^]|\^\{{?-?[1-4]\}}?)*|\s*°[cf]?)?""",
@@ -197,8 +199,9 @@ def answers_match(given: str | None, wanted: str) -> bool:
     In this order: the same words (case, spacing, final punctuation and a leading article aside); option letters
     ("(B)", "B.", "B) 12 cm"); yes/no and true/false by the first word; clock times and ratios part by part; numbers
     (thousands commas, decimals, fractions, mixed numbers, percentages, currency signs; what follows the last "="),
-    whose unit is not compared and where 75 % matches both 75 and 0.75; the rest, LaTeX, algebra and several statements
-    ("x = 3, y = 5"), by math-verify. Fractions, powers and roots may be Unicode's: ½, x², √2.
+    whose unit is not compared and where 75 % matches both 75 and 0.75, 5 million both 5,000,000 and 5; the rest, LaTeX,
+    algebra and several statements ("x = 3, y = 5"), by math-verify. Fractions, powers and roots may be Unicode's: ½,
+    x², √2.
 
     A list without brackets is a set, as the solutions of an equation are: "1, -2" matches "-2, 1". Where the order
     counts, write the wanted one in parentheses: "(1, 2, 3)" matches "1, 2, 3", but not "3, 2, 1".
@@ -279,8 +282,8 @@ def _same_colon(given: re.Match[str], wanted: re.Match[str]) -> bool:
     return parts[0] == parts[1] and halves[1] in ("", halves[0])
 
 
-def _number(text: str) -> tuple[Fraction, bool] | None:
-    """(value, whether it has a percent sign) of a plain number, exact; None for anything else."""
+def _number(text: str) -> tuple[Fraction, bool, int] | None:
+    """(value, whether it has a percent sign, 10⁶ of "million") of a plain number, exact; None for anything else."""
     if any(map(_LIST.search, _RELATION.split(_BRACKETS.sub("", text))[1:-1])):  # x = 3, y = 5 is not 5
         return None
     match = _NUMBER.fullmatch(re.split(r"(?<![<>!:])=", text)[-1].strip())
@@ -293,15 +296,17 @@ def _number(text: str) -> tuple[Fraction, bool] | None:
             return None
         value /= denominator
     value += int(match["whole"] or 0)
-    return (-value if match["sign"] == "-" else value), match["percent"] is not None
+    scale = _SCALES[match["scale"].lower()] if match["scale"] else 1
+    return (-value if match["sign"] == "-" else value), match["percent"] is not None, scale
 
 
-def _same_number(given: tuple[Fraction, bool], wanted: tuple[Fraction, bool]) -> bool:
-    candidates = [given[0]]
+def _same_number(given: tuple[Fraction, bool, int], wanted: tuple[Fraction, bool, int]) -> bool:
+    candidates = [(given[0] * given[2], wanted[0] * wanted[2])]
+    if (given[2] == 1) != (wanted[2] == 1):  # 5 million is written as 5,000,000 and, where the question counts so, as 5
+        candidates.append((given[0], wanted[0]))
     if given[1] != wanted[1]:  # 75 % is written as 75 and as 0.75
-        candidates.append(given[0] / 100 if given[1] else given[0] * 100)
-    tolerance = TOLERANCE * min(Fraction(1), abs(wanted[0]))
-    return any(abs(value - wanted[0]) <= tolerance for value in candidates)
+        candidates.append((given[0] / 100 if given[1] else given[0] * 100, wanted[0]))
+    return any(abs(one - other) <= TOLERANCE * min(Fraction(1), abs(other)) for one, other in candidates)
 
 
 def _same_expression(given: str, wanted: str) -> bool:

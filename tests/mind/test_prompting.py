@@ -292,6 +292,10 @@ SAME = [
     ("y = 5, x = 3", "x = 3, y = 5"),
     ("x = 1,000 + 234 = 1,234", "1234"),
     ("f(1, 2) = f(2, 1) = 5", "5"),
+    ("5 million", "5,000,000"),
+    ("$2.5 billion", "2500 million dollars"),
+    ("60", "5 dozen eggs"),
+    ("3 thousand", "3"),  # of a question that asks how many thousand
 ]
 DIFFERENT = [
     (None, "42"),
@@ -342,6 +346,9 @@ DIFFERENT = [
     ("x > 3 and y = 5", "5"),
     ("x = 3\\text{ and }y = 5", "5"),
     ("x = 3\ny = 5", "5"),
+    ("5 thousand", "5 million"),
+    ("5 million", "500,000"),
+    ("2 hundred", "2 thousand"),
 ]
 
 
