@@ -215,7 +215,7 @@ def answers_match(given: str | None, wanted: str) -> bool:
     if not given or not wanted:
         return False
     factorial = re.search(r"[\d)]!$", wanted) and not given.endswith("!")  # 5 is not 5!, but "5!" may exclaim
-    if _words(given) == _words(wanted) and not factorial:
+    if given == wanted or (_words(given) == _words(wanted) != "" and not factorial):
         return True
     if max(len(given), len(wanted)) > MAX_EXPRESSION_LENGTH:
         return False
