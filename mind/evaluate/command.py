@@ -120,7 +120,7 @@ def _parser() -> CommandParser:
     add_answer_flags(parser, max_new_tokens=512)
     add("--limit", type=int, help="Only the first so many questions of each task.")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="Default float32.")
-    add("--device", help="cpu, cuda, cuda:1 …; default the GPU where there is one.")
+    add("--device", help="cpu, cuda, cuda:1 …; default the GPU where there is one. vLLM chooses its own.")
     add("--backend", choices=("hf", "vllm"), default="hf", help="transformers, or vLLM where it is installed.")
     add("--seed", type=seed, default=0, help="Of the bootstrap (default 0).")
     return parser

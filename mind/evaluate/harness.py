@@ -58,7 +58,7 @@ def evaluate(
     instruction: a last line of every question. A student that was not trained yet does not know the answer suffix and
         is told here, or none of its answers is found.
     limit: the first so many questions of each task. dtype: "float32", "bfloat16", "float16". device: default the GPU
-    where there is one. backend: "hf", or "vllm" (then `device` is vLLM's choice). seed: of the bootstrap.
+    where there is one. backend: "hf", or "vllm", which chooses its device itself. seed: of the bootstrap.
 
     Raises: ValueError naming the task, file, student or argument that cannot be used.
     """
@@ -68,6 +68,8 @@ def evaluate(
     loaded = _load_tasks(tasks, data, ood_data, _at_least_one("max_new_tokens", max_new_tokens), prompt_format)
     _at_least_one("batch_size", batch_size)
     if backend == "vllm":
+        if device is not None:
+            raise EvaluationError(f"device: given {device!r} with backend vllm, which chooses its own, want none")
         model = _vllm_model(student, dtype)
     else:
         model = _hugging_face_model(student, dtype, device, batch_size)
@@ -159,10 +161,12 @@ def _load_tasks(
         configs[name] = config
 
     for spec in tasks:
-        name, _, file = spec.partition("=")
+        name, equals, file = spec.partition("=")
         if name not in TASKS:
             raise EvaluationError(f"task {name!r} is unknown, want {', '.join(TASKS)}, or --data with a file")
         config = read_task_file(TASKS_FOLDER / f"{name}.yaml")
+        if equals and not file:
+            raise EvaluationError(f"task {name}: no file behind the =, want {name}=FILE, or {name} from the hub")
         if file:
             if not os.path.isfile(file):
                 raise EvaluationError(f"task {name}: no such file: {file}")

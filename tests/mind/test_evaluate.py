@@ -317,6 +317,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ({"data": "no.jsonl"}, "no.jsonl: no such file or folder"),
         ({"data": None, "tasks": "gsm9k"}, "task 'gsm9k' is unknown, want gsm8k, svamp, math500, csqa"),
         ({"data": None, "tasks": "gsm8k=no.jsonl"}, "task gsm8k: no such file: no.jsonl"),
+        ({"data": None, "tasks": "gsm8k="}, "task gsm8k: no file behind the ="),
         ({"data": None, "tasks": "gsm8k"}, "task gsm8k: openai/gsm8k cannot be read: "),  # offline
         ({"student": "eos"}, "is tokenised by lm-eval in another way than training does"),
         ({"student": "no/such/student"}, "student 'no/such/student' cannot be loaded"),
@@ -326,7 +327,8 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ({"limit": 0}, "limit: given 0, want at least 1"),
         ({"device": "tpu9"}, "device: given 'tpu9', want cpu, cuda or cuda:0"),
         ({"device": "meta"}, "device: given 'meta', want cpu, cuda or cuda:0 where there is one"),
-        ({"backend": "vllm"}, "--backend vllm: vLLM is not installed"),
+        ({"backend": "vllm", "device": None}, "--backend vllm: vLLM is not installed"),
+        ({"backend": "vllm"}, "device: given 'cpu' with backend vllm, which chooses its own, want none"),
         ({"seed": -1}, "argument --seed: given -1, want 0 to 4294967295"),
         ({"backend": "tgi"}, "argument --backend: invalid choice: 'tgi'"),
         ({"answer-suffix": "{answer}"}, "answer_suffix must have text before"),
