@@ -136,7 +136,12 @@ class ServerTeacher:
             raise GenerateError("a server is asked with the openai package: pip install 'mind[generate]'") from error
         # Its own retries do not cover an answer that is no JSON or holds no choice.
         key = self.api_key or "none"  # which a server of one's own does not look at
-        async with AsyncOpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=self.timeout) as client:
+        try:
+            opened = AsyncOpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=self.timeout)
+        except Exception as error:  # of httpx's InvalidURL this is the base class
+            reason = self._clean(f"{type(error).__name__}: {error}")
+            raise GenerateError(f"{self._place}: the address cannot be used ({reason})") from error
+        async with opened as client:
             pending = iter(requests)
 
             async def work() -> None:

@@ -444,6 +444,10 @@ def test_a_server_that_does_not_answer(
         ),
         ({"base_url": "http://[::1/v1"}, "base_url: want an address like http://localhost:8000/v1"),
         ({"base_url": "http://localhost:99999/v1"}, "base_url: want an address like http://localhost:8000/v1"),
+        (
+            {"base_url": "http://ex\u200bample.com/v1"},  # as a page that is copied from may hold it
+            "teacher 'm' at http://ex\u200bample.com/v1: the address cannot be used (InvalidURL: ",
+        ),
         ({"base_url": f"http://user:{KEY}"}, "base_url: want an address like http://localhost:8000/v1"),
         (
             {"base_url": f"http://localhost/v1?key={KEY}"},
