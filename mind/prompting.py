@@ -71,11 +71,11 @@ class PromptFormat:
     def extract_answer(self, generated: str) -> str | None:
         """The answer in a generated text, or None: what stands where `answer_suffix` has "{answer}", last occurrence.
 
-        The text before the answer is matched whatever its case and spacing, and may be emphasised ("**…**"). The answer
-        reaches to the text that closes the suffix (for a "}" the one that balances, for a "." one that is not a decimal
-        point) or to the end of the line; outer whitespace, periods and colons are dropped. So with the default suffix
-        an answer that itself holds a period and a space ("St. Ives") is cut there: `mind.data.check_answer` refuses
-        such data, which want a suffix without a period.
+        The text before the answer is matched whatever its case and spacing; it, the answer, or both together may be
+        emphasised ("**…**"). The answer reaches to the text that closes the suffix (for a "}" the one that balances,
+        for a "." one that is not a decimal point) or to the end of the line; outer whitespace, periods and colons are
+        dropped. So with the default suffix an answer that itself holds a period and a space ("St. Ives") is cut there:
+        `mind.data.check_answer` refuses such data, which want a suffix without a period.
         """
         before, _, after = self.answer_suffix.partition(ANSWER)
         opening = r"\s+".join(re.escape(word) for word in before.split())
@@ -84,7 +84,10 @@ class PromptFormat:
             return None
         rest = re.sub(r"^:?\*+(?=[ \t:])", "", generated[matches[-1].end() :]).lstrip(" \t:")
         line = rest.partition("\n")[0]
-        return _up_to(line, after.strip()).strip().rstrip(".").strip() or None
+        answer = _up_to(line, after.strip()).strip()
+        if answer.count("**") % 2:  # emphasis whose other end is no part of the answer
+            answer = answer.removesuffix("**") if answer.endswith("**") else answer.removeprefix("**")
+        return answer.strip().rstrip(".").strip() or None
 
 
 def chat_text(
@@ -180,6 +183,7 @@ _FRAME = re.compile(
     r"| \\(?:boxed|text|mathrm|textbf)\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}",
     re.VERBOSE | re.DOTALL,
 )
+_EMPHASIS = re.compile(r"(?<![^\s(])(\*{1,3}|`)(?=[^\s*`])(.{1,256}?)(?<=[^\s*`])\1(?![\w(*`])")
 _OPTION = re.compile(r"(?:(?:option|choice)\s+)?(?:\(([A-Z])\)|\[([A-Z])\]|([A-Z])[).:])(?:\s.*)?", re.DOTALL)
 _OPTION_ALONE = re.compile(r"(?:(?:option|choice)\s+)?[(\[]?([A-Z])[)\]]?[.:]?", re.IGNORECASE)
 _COLON = re.compile(r"(\d+(?:\s*:\s*\d+)+)\s*([ap]\.?\s?m\.?)?", re.IGNORECASE)
@@ -242,8 +246,9 @@ def is_number(answer: str) -> bool:
 
 
 def _clean(text: str) -> str:
-    """Without typographic variants and without what only frames an answer: $…$, \\boxed{…}, **…**, a final period."""
+    """Without typographic variants, emphasis and what only frames an answer: $…$, \\boxed{…}, a final period."""
     text = re.sub(r"(?<=\d),\s*\\!\s*(?=\d)", ",", text)  # 11,\! 111
+    text = _EMPHASIS.sub(r"\2", text)
     for old, new in (("−", "-"), ("–", "-"), ("\u00a0", " "), ("\u202f", " "), ("\\$", "$"), ("\\%", "%"), ("\\!", "")):
         text = text.replace(old, new)
     text = text.replace("{,}", ",").replace("π", "\\pi ").replace("∞", "\\infty ")

@@ -191,6 +191,7 @@ def test_what_an_answer_depends_on() -> None:
         ("2 and 3 is 5.\nThe answer is 5.", "2 and 3 is 5.", "5"),
         ("2 and 3 is 5. So the answer is 5", "2 and 3 is 5.", "5"),
         ("2 and 3 is 5.\n\n**The answer is 5.**\n\nAnything else?", "2 and 3 is 5.", "5"),
+        ("2 and 3 is 5.\n\n**Therefore, the answer is 5**", "2 and 3 is 5.", "5"),
         ("Adding 2 and 3 shows that the answer is 5.", "Adding 2 and 3 shows that", "5"),
         ("<think>The answer is 6.</think>\n\nIt is five.\nThe answer is 5.", "It is five.", "5"),
         (
