@@ -242,7 +242,8 @@ def answers_match(given: str | None, wanted: str) -> bool:
 
 def is_number(answer: str) -> bool:
     """Whether answers_match compares this wanted answer as a number: one that guessing among options does not hit."""
-    return _number(_clean(answer)) is not None
+    answer = _clean(answer)
+    return len(answer) <= MAX_EXPRESSION_LENGTH and _number(answer) is not None
 
 
 def _clean(text: str) -> str:
