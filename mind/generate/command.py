@@ -111,7 +111,8 @@ class GenerateConfig:
     judge: str | None = field(
         default=None,
         metadata={
-            "help": "Model that compares free-text answers which differ in words. Default: none, they are wrong."
+            "help": "Model that compares free-text answers which differ in words; a served one is tried before the "
+            "teacher is asked. Default: none, they are wrong."
         },
     )
     judge_base_url: str | None = field(
@@ -373,7 +374,7 @@ class _Work:
         judge_model: Teacher | None,
     ) -> None:
         self.config, self.records, self.prompts, self.ledger = config, records, prompts, ledger
-        self.judge_model = judge_model
+        self.judge_model, self._judge_answers = judge_model, False
         self.requested: Counter[str] = Counter()
         self.failures: dict[str, str] = {}
 
@@ -409,10 +410,11 @@ class _Work:
         record = next((record for record in self.records if is_free_text(record.answer)), None)
         if record is None or not isinstance(self.judge_model, ServerTeacher):
             return
+        trial = self._judge_request(self.judge_model, record, record.answer, "judge")
         requests = (request for model in models for request in self.requests(model).values())
         if any(request.key not in self.ledger.answers for request in requests):
-            request = self._judge_request(self.judge_model, record, record.answer, "judge")
-            self._ask(self.judge_model, [request], "verdict")
+            self._ask(self.judge_model, [trial], "verdict")
+        self._judge_answers = trial.key in self.ledger.answers
 
     def _judge_request(self, model: Teacher, record: Record, given: str, perspective: str) -> Request:
         prompt = JUDGE_PROMPT.read_text(encoding="utf-8").strip()
@@ -427,7 +429,7 @@ class _Work:
             record = by_id[pair[0]]
             if verdict.reason == WRONG and verdict.given and is_free_text(record.answer):
                 requests[pair] = self._judge_request(model, record, verdict.given, f"judge of {pair[1]}")
-        self._ask(model, requests.values(), "verdict")
+        self._ask(model, requests.values(), "verdict", proven=self._judge_answers)
         opinions = {}
         for pair, request in requests.items():
             reply = self.ledger.answers.get(request.key)
@@ -435,7 +437,7 @@ class _Work:
             opinions[pair] = replace(verdicts[pair], reason={True: None, False: WRONG, None: UNDECIDED}[says])
         return opinions
 
-    def _ask(self, model: Teacher, requests: Iterable[Request], unit: str) -> None:
+    def _ask(self, model: Teacher, requests: Iterable[Request], unit: str, proven: bool = False) -> None:
         wanted = {request.key: request for request in requests}  # the same prompt twice is one request
         pending = [request for key, request in wanted.items() if key not in self.ledger.answers]
         if not pending:
@@ -444,7 +446,7 @@ class _Work:
         with tqdm(
             total=len(wanted), initial=done, desc=f"asking {model.model}", unit=unit, disable=self.config.disable_tqdm
         ) as bar:
-            model.answer_all(pending, _Desk(self, model.model, bar), proven=done > 0)
+            model.answer_all(pending, _Desk(self, model.model, bar), proven=proven or done > 0)
 
 
 class _Desk:

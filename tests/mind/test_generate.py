@@ -231,6 +231,21 @@ def test_a_judge_that_does_not_answer_is_found_before_the_teacher_is_asked(
         assert len(server.bodies) == 32
 
 
+def test_a_judge_that_refuses_one_answer_goes_on(tmp_path: Path) -> None:
+    """It has shown before that its settings are right; such an answer, the first of all, ended every run."""
+    write(tmp_path / "questions.jsonl", [{"id": "r", "question": "What is 0 + 3?", "answer": "three"}, *sums(1)])
+
+    def judge(body: dict[str, Any], number: int) -> Reply:
+        given = body["messages"][0]["content"].partition("Given answer: ")[2]
+        return refusal(400, "filtered") if given.startswith("3") else completion("yes")
+
+    with loopback(solve) as server, loopback(judge) as other:
+        report = generate(tmp_path, server.url, judge="j", judge_base_url=other.url)
+        assert report["requests"] == {"m": 8, "j": 2}
+        assert report["perspectives"]["analogy"]["dropped"] == {"model judge undecided": 1}
+        assert generate(tmp_path, server.url, judge="j", judge_base_url=other.url)["requests"] == {}
+
+
 def test_a_judge_is_not_asked_about_a_finished_run(tmp_path: Path) -> None:
     """Nor whether it is there, where the ledger is one of before this was asked."""
     write(tmp_path / "questions.jsonl", [{"id": "r", "question": "What is 0 + 3?", "answer": "three"}])
