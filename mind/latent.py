@@ -143,7 +143,7 @@ def answer_states(
         positions is left out.
     """
     end = end_of_turn_id(tokenizer)
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     targets = []
     for prompt, answer in zip(prompts, answers, strict=True):
         target = [*tokenizer(answer, add_special_tokens=False, split_special_tokens=True).input_ids, end]
