@@ -13,20 +13,22 @@ DEFAULT_MAX_LOGITS_BYTES = 512 * 2**20
 # A TeacherHidden's logits are not part of a product again: they are held for a part of a chunk at a time.
 PARTS = 4  # of a chunk,
 PART_ROWS = 256  # of no fewer rows, so that their product stays one
-# Elementwise work goes over the logits in blocks; on a CPU a thread's share of one, a few fp32 copies of it, stays in
-# its core's cache from pass to pass.
-BLOCK_ELEMENTS = 2**17
+# Elementwise work goes over the logits in blocks. On a CPU a thread's share of one, with all its fp32 copies, stays in
+# cache from pass to pass; smaller ones would be more calls than arithmetic.
+BLOCK_ELEMENTS = 2**19
 
 
-def block_rows(V: int, device: torch.device, max_logits_bytes: int | None) -> int:
+def block_rows(V: int, device: torch.device, max_logits_bytes: int | None, has_copies: bool) -> int:
     """Rows of a block: on a CPU whole ones for each thread, since a row's softmax is the work of one.
 
-    Their fp32 copy takes at most a 64th of the budget; on a device, where each pass is a launch, just that.
+    Half as many where logits and probabilities are kept side by side (has_copies). Their fp32 logits take at most a
+    64th of the budget; on a device, where each pass is a launch, just that.
     """
     budget = DEFAULT_MAX_LOGITS_BYTES if max_logits_bytes is None else max_logits_bytes
     rows = budget // (64 * 4 * V)
     if device.type == "cpu":
-        rows = min(rows, max(1, BLOCK_ELEMENTS // V) * torch.get_num_threads())
+        elements = BLOCK_ELEMENTS // 2 if has_copies else BLOCK_ELEMENTS
+        rows = min(rows, max(1, elements // V) * torch.get_num_threads())
     return max(1, rows)
 
 

@@ -106,7 +106,8 @@ class TorchRows:
 
     def __init__(self, plan: Plan, options: SweepOptions, V: int, logits_dtype: torch.dtype, losses: RowLosses):
         self.plan, self.options, self.losses = plan, options, losses
-        self.block_rows = block_rows(V, plan.terms.labels.device, options.max_logits_bytes)
+        has_copies = options.teacher is not None or options.logit_softcap is not None
+        self.block_rows = block_rows(V, plan.terms.labels.device, options.max_logits_bytes, has_copies)
         stats, device = statistics_dtype(logits_dtype), plan.terms.labels.device
         self.is_wide = logits_dtype == stats
         most_rows = max([self.block_rows, *(len(group) for group in plan.groups.rows)])

@@ -29,7 +29,7 @@ def torch_divergences(
     row_losses = torch.empty(len(rows), dtype=stats, device=logits.device)
     grad_logits = torch.zeros_like(logits, memory_format=torch.contiguous_format) if need_gradient else None
 
-    num_rows = block_rows(V, logits.device, options.max_logits_bytes)
+    num_rows = block_rows(V, logits.device, options.max_logits_bytes, has_copies=True)
     scratch = Scratch(num_rows, V, stats, logits.device)
     chunk_rows, buffer = num_rows, None
     if isinstance(teacher, TeacherHidden):
