@@ -307,5 +307,10 @@ class MindConfig(TrainingArguments):
         return self.method in ASSISTANT_METHODS
 
     @property
+    def fused_consistency_weight(self) -> float:
+        """λ within the fused loss: 0 without a consistency loss, and in mcc_kd, whose KL is made beside it."""
+        return 0.0 if self.method in ("no_cons", "mcc_kd") else self.consistency_weight
+
+    @property
     def prompt_format(self) -> PromptFormat:
         return PromptFormat(self.answer_suffix)

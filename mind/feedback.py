@@ -61,7 +61,7 @@ def summarise(
     tokens = sum(item.batch.target_tokens(item.weights > 0) for item in feedback)
     # Each part is already divided by the questions of its step.
     totals = {"cross_entropy": (cross_entropy, steps)}
-    if config.method == "mcc_kd" or (config.method != "no_cons" and config.consistency_weight > 0):
+    if config.method == "mcc_kd" or config.fused_consistency_weight > 0:
         totals["consistency"] = (consistency, steps)
     if config.kl_weight > 0:
         totals["kl"] = (kl, steps)

@@ -415,7 +415,7 @@ class MindTrainer(Trainer):
         args = self.args
         self._student = attach_mind_loss(
             self.model,
-            consistency_weight=0.0 if args.method in ("no_cons", "mcc_kd") else args.consistency_weight,
+            consistency_weight=args.fused_consistency_weight,
             kl_weight=args.kl_weight,
             divergence=args.kl_divergence,
             beta=args.kl_beta,
