@@ -25,18 +25,11 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.measure import environment, write_json
-from bench.pruning import ROWS, States, real_states
-from mind_kernels import fused_linear_cross_entropy
+from bench.pruning import ROWS, States, gradients, real_states
 from mind_kernels.testing import relative_error
 
 CHUNKS = (1, 8, 32, 64)
 SUMS = ("fp32 sum", "16-bit sum", "as shipped", "plain PyTorch")
-
-
-def grad_weight(states: States, **options: Any) -> Tensor:
-    """dW of the fused loss, of the states' dtype."""
-    W = states.W.detach().requires_grad_()
-    return torch.autograd.grad(fused_linear_cross_entropy(states.X, W, states.labels, **options)[0], W)[0]
 
 
 def plain_grad_weight(states: States) -> Tensor:
@@ -56,11 +49,11 @@ def measure(name: str, states: States) -> list[dict[str, Any]]:
         totals["16-bit sum"], totals["plain PyTorch"] = torch.zeros_like(rounded.W), torch.zeros_like(rounded.W)
         for start in range(0, N, size):
             part = States(rounded.X[start : start + size], rounded.W, rounded.labels[start : start + size])
-            share = grad_weight(part).div_(chunks)  # of the mean over N rows; chunks is a power of two
+            share = gradients(part)[1].div_(chunks)  # of the mean over N rows; chunks is a power of two
             totals["fp32 sum"] += share
             totals["16-bit sum"] += share
             totals["plain PyTorch"] += plain_grad_weight(part).div_(chunks)
-        totals["as shipped"] = grad_weight(rounded, max_logits_bytes=size * V * rounded.W.itemsize)
+        totals["as shipped"] = gradients(rounded, max_logits_bytes=size * V * rounded.W.itemsize)[1]
         errors = {kind: relative_error(total, exact) for kind, total in totals.items()}
         rows.append({"student": name, "rows": N, "chunks": chunks, "errors": errors})
     return rows
