@@ -44,7 +44,7 @@ bench: $(VENV)/.installed-dev  ## Set up, then the benchmarks on this CPU, into 
 		--providers mind pytorch pytorch-compiled cce-torch-compile --results bench/results/cpu-rows.json
 	$(BIN)/python -m bench.losses --device cpu --minutes 1 --cases smollm2-135m-real --rows 1024 \
 		--providers $(addprefix mind@,8MiB 16MiB 32MiB 128MiB) --results bench/results/cpu-budget.json
-	$(BIN)/python -m bench.steps --device cpu --trainers mind mind-shared-prompt mind-no-fusion transformers trl \
+	$(BIN)/python -m bench.steps --device cpu --trainers mind mind-no-fusion mind-no-fusion-unshared-prompt transformers trl \
 		--results bench/results/cpu-steps.json
 	$(BIN)/python -m bench.report
 

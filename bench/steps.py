@@ -8,7 +8,7 @@ a mean over tokens. Each runs in a process of its own: one that fails or is out 
 
     mind              MindTrainer, method "mind": the assistant selects; the others' losses are measured forward-only
     mind-no-fusion    MindTrainer, method "no_fusion": all 8 rationales are trained on, as everywhere below
-    …-shared-prompt   the same two with share_prompt: a question's prompt is read once, not 8 times
+    …-unshared-prompt the same two with share_prompt false: a question's prompt is read 8 times, padded
     transformers      transformers.Trainer
     transformers-liger  the same with Liger's model patches (use_liger_kernel)
     trl               TRL's SFTTrainer, gradient checkpointing off as elsewhere
@@ -42,12 +42,12 @@ STUDENTS = {
     "qwen2.5-1.5b-random": "of Qwen2.5-1.5B's shape, random weights and token ids",
     "tiny-random": "two layers, for dry runs and tests",
 }
-SHARED = "-shared-prompt"
+UNSHARED = "-unshared-prompt"
 TRAINERS = (
     "mind",
-    f"mind{SHARED}",
+    f"mind{UNSHARED}",
     "mind-no-fusion",
-    f"mind-no-fusion{SHARED}",
+    f"mind-no-fusion{UNSHARED}",
     "transformers",
     "transformers-liger",
     "trl",
@@ -238,7 +238,7 @@ def train(trainer_name: str, student: str, device: str, questions: int, steps: i
 
             settings = MindConfig(
                 method="no_fusion" if trainer_name.startswith("mind-no-fusion") else "mind",
-                share_prompt=trainer_name.endswith(SHARED),
+                share_prompt=not trainer_name.endswith(UNSHARED),
                 per_device_train_batch_size=questions,
                 **common,
             )

@@ -77,8 +77,7 @@ class _Budget(TrainerCallback):
         kwargs["model"].get_decoder().register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        width = kwargs["input_ids"].shape[1]  # the mask also covers a prompt that was read before
-        tokens = int(kwargs["attention_mask"][:, -width:].sum())
+        tokens = kwargs["input_ids"].numel()  # of shared prompts, which have no padding
         if torch.is_grad_enabled():
             self.trained += tokens
         else:

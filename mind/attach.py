@@ -23,10 +23,12 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from mind.collator import SharedPrompts
+from mind.collator import SharedPrompts, shared_prompts, student_inputs
+from mind.data import EncodedQuestion
+from mind.prompt_attention import attention_mask, prompt_attention, use_own_attention
 from mind_kernels import MindLoss
 
 __all__ = ["MindAttachment", "MindOutput", "attach_mind_loss"]
@@ -138,6 +140,7 @@ class MindAttachment:
                 f"model: the forward of this {name} was wrapped after the MIND loss was attached; wanted it unwrapped "
                 "first, as by accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
             )
+        use_own_attention(self.base)
         if self.shadowed_forward is None:
             del model.forward
         else:
@@ -147,73 +150,61 @@ class MindAttachment:
     def read(self, inputs: dict[str, Any], shared_prompts: SharedPrompts | None = None) -> Tensor:
         """(R, T, H), what the base model makes of input_ids (R, T) and its other arguments by name.
 
-        shared_prompts: each prompt is read once, its keys and values are repeated for the question's rationales, and
-            these are read behind them: the tokens of K rationales and one prompt instead of K of both. The rows that
-            predict a token are the same to rounding, gradient included; all others are 0.
+        shared_prompts: the same rationales in one row of tokens, every prompt once and no padding, each read behind its
+            prompt by mind.prompt_attention: the tokens of K rationales and one prompt instead of K of both. The rows
+            that predict a token are the same to rounding, gradient included; all others are 0.
 
-        Raises: ValueError when the base model gives no keys and values to go on from.
+        Raises: ValueError when the base model's attention cannot do that.
         """
         if shared_prompts is None:
             hidden_states: Tensor = self.base(**{"use_cache": False} | inputs)[0]
             return hidden_states
         prompts = shared_prompts
-        position_ids = (prompts.prompt_mask.cumsum(-1) - 1).clamp_min(0)
-        output = self.base(
-            input_ids=prompts.prompt_ids, attention_mask=prompts.prompt_mask, position_ids=position_ids, use_cache=True
-        )
-        cache: Any = getattr(output, "past_key_values", None)
-        layers = getattr(cache, "layers", [])
-        # A state beside keys and values, as a convolution's, is not repeated with them; classes of a model's own hold
-        # such states.
-        unfit = [part for part in (cache, *layers) if not hasattr(part, "batch_select_indices")]
-        unfit += [part for part in (cache, *layers) if type(part).__module__ != DynamicCache.__module__]
-        unfit += [layer for layer in layers if hasattr(layer, "update_conv_state")]
-        if unfit:
-            raise ValueError(
-                f"shared_prompts: {type(self.base).__name__} gives {type(unfit[0]).__name__} for its keys and values "
-                "(none with gradient checkpointing), wanted a cache of them alone: read the prompts unshared"
-            )
-        cache.batch_select_indices(prompts.question_index)
-        mask = torch.cat([prompts.prompt_mask[prompts.question_index], prompts.target_mask], dim=1)
-        target_states = self.base(
-            input_ids=prompts.target_ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1)[:, prompts.prompt_ids.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-        )[0]
-        rows = torch.cat([output[0][prompts.question_index, -1:], target_states], dim=1).flatten(0, 1)
+        with prompt_attention(self.base):
+            rows: Tensor = self.base(
+                input_ids=prompts.input_ids,
+                attention_mask=attention_mask(prompts),
+                position_ids=prompts.position_ids,
+                use_cache=False,
+                shared_prompts=prompts,
+            )[0][0]
         shape = inputs["input_ids"].shape
         hidden_states = rows.new_zeros(shape.numel(), rows.shape[-1])
         return hidden_states.index_copy(0, prompts.place, rows[prompts.source]).view(*shape, -1)
 
     @torch.no_grad()
     def check_shared_prompts(self) -> None:
-        """Compare both ways of reading two short rationales of one question.
+        """Compare both ways of reading three short rationales of two questions.
 
         Raises: ValueError when they differ by more than rounding, or as `read`.
         """
-        device, size = self.head.weight.device, self.head.out_features
-        sequences = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, 4, 3]], device=device).remainder(size)
-        rows = torch.tensor([2, 3, 7, 8], device=device)  # those that predict the two targets of each
-        prompt_ids, target_ids = sequences[:1, :3], sequences[:, 3:4]
-        prompts = SharedPrompts(
-            prompt_ids,
-            torch.ones_like(prompt_ids),
-            target_ids,
-            torch.ones_like(target_ids),
-            question_index=torch.zeros_like(rows[:2]),
-            source=torch.arange(4, device=device),
-            place=rows,
-        )
-        inputs = {"input_ids": sequences, "attention_mask": torch.ones_like(sequences)}
+        name, size = type(self.base).__name__, self.head.out_features
+        tokens = [index % size for index in range(40)]
+        targets = (tuple(tokens[5:12]), tuple(tokens[12:18]), tuple(tokens[18:26]))
+        questions = [
+            EncodedQuestion("first", tuple(tokens[:5]), targets[:2], 1, 0),
+            EncodedQuestion("second", tuple(tokens[26:]), (targets[2], ()), 1, 1),
+        ]
+        selected = torch.tensor([[True, True], [True, False]])
+        batch = student_inputs(questions, selected, pad_token_id=0)
+        device = self.head.weight.device
+        inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+        prompts = SharedPrompts(*(tensor.to(device) for tensor in shared_prompts(questions, selected)))
+        rows = batch["supervised_index"].to(device)
         with evaluation_mode(self.base):  # dropout would tell two runs apart
-            plain, shared = (self.read(inputs, given).flatten(0, 1)[rows] for given in (None, prompts))
+            plain = self.read(inputs).flatten(0, 1)[rows]
+            try:
+                shared = self.read(inputs, prompts).flatten(0, 1)[rows]
+            except RuntimeError as error:  # of an attention of its own, which the mask of all sequences does not fit
+                raise ValueError(
+                    f"shared_prompts: {name} does not take the attention that its config names "
+                    f"({str(error).splitlines()[0]}): read the prompts unshared"
+                ) from error
         difference = (plain - shared).abs().max().item()
         allowed = max(1e-4, 8 * torch.finfo(plain.dtype).eps) * plain.abs().max().item()
         if not difference <= allowed:
             raise ValueError(
-                f"shared_prompts: what {type(self.base).__name__} makes of tokens behind its cache differs by up to "
+                f"shared_prompts: what {name} makes of rationales behind one prompt differs by up to "
                 f"{difference:.3g} (allowed {allowed:.1g}) from reading them whole: read the prompts unshared"
             )
 

@@ -57,6 +57,13 @@ class RunArguments:
         default=None,
         metadata={"help": "Instead: NAME.topk.parquet, what mind generate stored of the teacher; with kl_weight."},
     )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention of student and teacher: eager, sdpa or flash_attention_2, which needs a GPU, bf16 or "
+            "fp16, and flash-attn. Default: what transformers chooses for the model."
+        },
+    )
     data: str | None = field(
         default=None,
         metadata={

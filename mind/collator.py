@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mind.data import EncodedQuestion
 
@@ -19,21 +20,29 @@ IGNORE_INDEX = -100
 
 
 class SharedPrompts(NamedTuple):
-    """R rationales of Q questions, laid out so that every prompt is read once; see `MindAttachment.read`.
+    """The selected rationales in one row of N tokens in which every prompt stands once; see `MindAttachment.read`.
 
-    prompt_ids, prompt_mask: (Q, T_p) int64, padded on the left.
-    target_ids, target_mask: (R, T_t) int64, padded on the right, without each rationale's last token, which predicts
-        nothing.
-    question_index: (R,) int64, which prompt each rationale follows.
-    source, place: (n,) int64: of the R·(T_t + 1) rows that predict a token (a prompt's last one, then the targets),
-        those that are not padding, and where they stand among the R·T rows of `student_inputs`.
+    A prompt is followed by its question's rationales, each without its last token, which predicts nothing. The S
+    sequences that attention looks at, in the order of their queries, are a prompt alone, a rationale whose keys are its
+    prompt's and its own, or a question's prompt and only rationale together.
+
+    input_ids, position_ids: (1, N) int64; positions begin at 0 with each prompt and go on in each of its rationales.
+    query_index, key_index: (S, T_q), (S, T_k) int64: the tokens of each sequence's queries and keys, then zeros.
+    output_index: (N,) int64: where each token stands among the S·T_q queries.
+    key_rows: (M,) int64: the keys of all sequences without padding.
+    cu_seqlens_q, cu_seqlens_k: (S + 1,) int32: where each sequence starts among the N queries and the M keys.
+    source, place: (n,) int64: the tokens that predict one (a prompt's last, once for each of its rationales, then the
+        rationale's) and where they stand among the R·T rows of `student_inputs`.
     """
 
-    prompt_ids: Tensor
-    prompt_mask: Tensor
-    target_ids: Tensor
-    target_mask: Tensor
-    question_index: Tensor
+    input_ids: Tensor
+    position_ids: Tensor
+    query_index: Tensor
+    key_index: Tensor
+    output_index: Tensor
+    key_rows: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
     source: Tensor
     place: Tensor
 
@@ -130,42 +139,67 @@ def student_inputs(questions: Sequence[EncodedQuestion], selected: Tensor, pad_t
         end = row * width + length - 1
         answer_length = questions[b].answer_length
         answer_index[b, k, :answer_length] = torch.arange(end - answer_length, end)
-    cu_seqlens = torch.zeros(selected.numel() + 1, dtype=torch.int32)
-    cu_seqlens[1:] = (selected.flatten() * width).cumsum(0)
     shift_labels = shift_labels.flatten()
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "shift_labels": shift_labels,
-        "cu_seqlens": cu_seqlens,
+        "cu_seqlens": _cu_seqlens(selected.flatten() * width),
         "answer_index": answer_index,
         "supervised_index": (shift_labels != IGNORE_INDEX).nonzero().squeeze(1),
     }
 
 
-def shared_prompts(questions: Sequence[EncodedQuestion], selected: Tensor, pad_token_id: int) -> SharedPrompts:
+def shared_prompts(questions: Sequence[EncodedQuestion], selected: Tensor) -> SharedPrompts:
     """The same rationales as student_inputs, to be read behind one copy of each question's prompt."""
     chosen = [(b, k) for b, k in selected.nonzero().tolist()]
-    asked = sorted({b for b, _ in chosen})
-    targets = [questions[b].target_ids[k] for b, k in chosen]
-    prompt_width = max(len(questions[b].prompt_ids) for b in asked)
-    target_width = max(map(len, targets)) - 1
-    prompt_ids = torch.full((len(asked), prompt_width), pad_token_id)
-    target_ids = torch.full((len(chosen), target_width), pad_token_id)
-    prompt_mask, target_mask = torch.zeros_like(prompt_ids), torch.zeros_like(target_ids)
-    for row, b in enumerate(asked):
-        prompt = questions[b].prompt_ids
-        prompt_ids[row, prompt_width - len(prompt) :] = torch.tensor(prompt)
-        prompt_mask[row, prompt_width - len(prompt) :] = 1
     width = max(questions[b].lengths[k] for b, k in chosen)  # T of student_inputs
-    source, place = [], []
-    for row, ((b, _), target) in enumerate(zip(chosen, targets, strict=True)):
-        target_ids[row, : len(target) - 1] = torch.tensor(target[:-1])
-        target_mask[row, : len(target) - 1] = 1
-        first = row * width + len(questions[b].prompt_ids) - 1
-        source.append(torch.arange(len(target)) + row * (target_width + 1))
-        place.append(torch.arange(len(target)) + first)
-    question_index = torch.tensor([asked.index(b) for b, _ in chosen])
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    sequences: list[tuple[Tensor, Tensor]] = []  # the tokens of its queries, those of its keys
+    source: list[Tensor] = []
+
+    def append(ids: Sequence[int], start: int) -> Tensor:
+        rows = torch.arange(len(input_ids), len(input_ids) + len(ids))
+        input_ids.extend(ids)
+        position_ids.extend(range(start, start + len(ids)))
+        return rows
+
+    for question, wanted in zip(questions, selected, strict=True):
+        targets = [question.target_ids[k] for k in wanted.nonzero().flatten().tolist()]
+        if not targets:
+            continue
+        prompt = append(question.prompt_ids, 0)
+        rationales = [append(target[:-1], len(prompt)) for target in targets]
+        source += [torch.cat([prompt[-1:], rationale]) for rationale in rationales]
+        if len(rationales) == 1:
+            whole = torch.cat([prompt, *rationales])
+            sequences.append((whole, whole))
+        else:
+            sequences.append((prompt, prompt))
+            sequences += [(rationale, torch.cat([prompt, rationale])) for rationale in rationales if len(rationale)]
+    place = [
+        row * width + len(questions[b].prompt_ids) - 1 + torch.arange(len(questions[b].target_ids[k]))
+        for row, (b, k) in enumerate(chosen)
+    ]
+    query_lengths = torch.tensor([len(queries) for queries, _ in sequences])
+    query_index = pad_sequence([queries for queries, _ in sequences], batch_first=True)
     return SharedPrompts(
-        prompt_ids, prompt_mask, target_ids, target_mask, question_index, torch.cat(source), torch.cat(place)
+        input_ids=torch.tensor([input_ids]),
+        position_ids=torch.tensor([position_ids]),
+        query_index=query_index,
+        key_index=pad_sequence([keys for _, keys in sequences], batch_first=True),
+        output_index=(torch.arange(query_index.shape[1]) < query_lengths[:, None]).flatten().nonzero().flatten(),
+        key_rows=torch.cat([keys for _, keys in sequences]),
+        cu_seqlens_q=_cu_seqlens(query_lengths),
+        cu_seqlens_k=_cu_seqlens(torch.tensor([len(keys) for _, keys in sequences])),
+        source=torch.cat(source),
+        place=torch.cat(place),
     )
+
+
+def _cu_seqlens(lengths: Tensor) -> Tensor:
+    """(S + 1,) int32, where sequences of these (S,) lengths start, and the end of the last."""
+    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    cu_seqlens[1:] = lengths.cumsum(0)
+    return cu_seqlens

@@ -143,11 +143,12 @@ class MindConfig(TrainingArguments):
     max_length: int = field(
         default=1024, metadata={"help": "Tokens of a prompt, rationale and suffix; a longer one is an error."}
     )
-    share_prompt: bool = field(
-        default=False,
+    share_prompt: bool | None = field(
+        default=None,
         metadata={
-            "help": "Read each question's prompt once, not once for each of its rationales. The same to rounding; "
-            "needs a student whose keys and values can be cached, and no gradient checkpointing."
+            "help": "Read each question's prompt once, not once for each of its rationales, and no padding; the same "
+            "to rounding. Default: where student and teacher can, which have nothing between tokens but attention: "
+            "eager, sdpa or flash_attention_2."
         },
     )
     max_logits_bytes: int | None = field(
@@ -294,8 +295,6 @@ class MindConfig(TrainingArguments):
             modes = list_mode_options()
             known = self.torch_compile_mode is None or self.torch_compile_mode in modes
             self._want("torch_compile_mode", known, f"one of {', '.join(modes)}")
-        if self.share_prompt:  # only now does it tell of its newer name, activation_checkpointing, too
-            self._want("gradient_checkpointing", not self.gradient_checkpointing, "False with share_prompt")
 
     def _want(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:

@@ -55,10 +55,10 @@ def distil(run: RunArguments, config: MindConfig) -> dict[str, Any]:
     with clock("data"):
         records, heldout = _read_data(run, config)
     with clock("student"):
-        student, tokenizer = load_student(run.student)
+        student, tokenizer = load_student(run.student, attn_implementation=run.attn_implementation)
         teacher: PreTrainedModel | TopKTeacher | None = None
         if run.teacher is not None:
-            teacher, _ = load_student(run.teacher, role="teacher")
+            teacher, _ = load_student(run.teacher, attn_implementation=run.attn_implementation, role="teacher")
     perspectives = perspectives_of(records)
     measured = [record for record in heldout if record.rationales][: run.num_measured]
     measured_on = f"{len(measured)} held-out questions"

@@ -55,12 +55,14 @@ def load_student(
     *,
     dtype: torch.dtype = torch.float32,
     cache_dir: str | os.PathLike[str] | None = None,
+    attn_implementation: str | None = None,
     role: str = "student",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM, every parameter trainable, in `dtype`, and its tokenizer.
 
     name_or_path: a name in BUILTIN_STUDENTS, a Hugging Face folder or a hub id, looked for in that order.
     cache_dir: where dense folders of built-in students are kept, see `cache_root`.
+    attn_implementation: "eager", "sdpa", "flash_attention_2" …, as transformers names them; its own choice by default.
     role: what an error calls the model.
 
     A tokenizer without a pad token, or with one outside the model's embedding, pads with its EOS token: embeddings are
@@ -77,7 +79,9 @@ def load_student(
             raise ValueError(f"{role} {name!r}: no such folder, want a folder saved by save_pretrained")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         # ImportError: of a quantised model, whose package is not installed.
         reason = " ".join(str(error).split())[:300]

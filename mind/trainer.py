@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -96,6 +97,7 @@ class MindTrainer(Trainer):
         self.perspectives = train_dataset.perspectives
         self.calibrator = self._make_calibrator(assistant) if args.uses_assistant else None
         self._student: MindAttachment | None = None  # while the fused loss is attached
+        self._shares_prompts = False  # decided when it is
         self._teacher = self._make_teacher(teacher)
         self._pad_token_id = processing_class.pad_token_id or 0  # masked everywhere: any token will do
         self._partial_dir: str | None = None  # while a checkpoint is being written
@@ -259,8 +261,8 @@ class MindTrainer(Trainer):
         """student_inputs on the device, but for the indices: the host needs them, and would have to wait for them."""
         batch = student_inputs(questions, selected, self._pad_token_id)
         device: dict[str, Any] = {name: to_device(batch.pop(name), self.args.device) for name in ON_DEVICE}
-        if self.args.share_prompt:
-            prompts = shared_prompts(questions, selected, self._pad_token_id)
+        if self._shares_prompts:
+            prompts = shared_prompts(questions, selected)
             device["shared_prompts"] = SharedPrompts(*(to_device(tensor, self.args.device) for tensor in prompts))
         if self.accelerator.num_processes > 1:  # DistributedDataParallel moves every tensor to the device
             del batch["supervised_index"]
@@ -424,15 +426,32 @@ class MindTrainer(Trainer):
             max_logits_bytes=args.max_logits_bytes,
             gradient_tolerance=args.gradient_tolerance,
         )
-        if args.share_prompt:
-            self._student.check_shared_prompts()
         try:
+            self._shares_prompts = self._can_share_prompts()
             yield
         finally:
             # Accelerate has wrapped the attached forward for mixed precision: take that off first.
             self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
             self._student.detach()
             self._student = None
+
+    def _can_share_prompts(self) -> bool:
+        """Whether each prompt is read once: as configured, or where student and teacher can.
+
+        Raises: ValueError when they cannot and are configured to.
+        """
+        if self.args.share_prompt is False:
+            return False
+        try:
+            self._attached().check_shared_prompts()
+            if isinstance(self._teacher, MindAttachment):
+                self._teacher.check_shared_prompts()
+        except ValueError as error:
+            if self.args.share_prompt:
+                raise
+            warnings.warn(f"share_prompt: each rationale's prompt is read again ({error})", stacklevel=2)
+            return False
+        return True
 
     def _attached(self) -> MindAttachment:
         if self._student is None:
@@ -523,7 +542,7 @@ class MindTrainer(Trainer):
         """6 operations a parameter and trained token, 2 for a token that is only measured."""
         feedback = self._since_step[-1]
         selected = feedback.weights > 0
-        share = self.args.share_prompt
+        share = self._shares_prompts
         trained, measured = inputs.tokens(selected, share), inputs.tokens(feedback.measured & ~selected, share)
         return (6 * trained + 2 * measured) * self.model.num_parameters(exclude_embeddings=True)
 

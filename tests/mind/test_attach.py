@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from mind import attach, prompt_attention
 from mind.attach import MindOutput, attach_mind_loss
 from mind.collator import shared_prompts, student_inputs
 from mind.data import EncodedQuestion
@@ -68,8 +71,8 @@ ARCHITECTURES = {
     "qwen3": ("Qwen3", _SIZES | {"tie_word_embeddings": True}),
     "mistral": ("Mistral", _SIZES | {"sliding_window": 4}),
     "phi3": ("Phi3", _SIZES),  # fused projections
-    "gemma2": ("Gemma2", _SIZES | {"final_logit_softcapping": 3.0, "tie_word_embeddings": True}),
-    "gemma3": ("Gemma3", _SIZES | {"final_logit_softcapping": 3.0, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", _SIZES | {"sliding_window": 4, "final_logit_softcapping": 3.0, "tie_word_embeddings": True}),
+    "gemma3": ("Gemma3", _SIZES | {"sliding_window": 4, "final_logit_softcapping": 3.0, "tie_word_embeddings": True}),
     "gpt2": ("GPT2", _GPT2_SIZES),  # another base_model_prefix, order of arguments and config names
     "granite": ("Granite", _SIZES | {"logits_scaling": 4.0}),  # divides
     "cohere": ("Cohere", _SIZES | {"logit_scale": 0.25}),  # multiplies
@@ -697,13 +700,21 @@ def objective(model: nn.Module, share: bool) -> tuple[MindOutput, dict[str, Tens
     asked, selected = questions()
     weights = selected / selected.sum(-1, keepdim=True)
     inputs = student_inputs(asked, selected, 0)
-    extra = {"shared_prompts": shared_prompts(asked, selected, 0)} if share else {}
+    extra = {"shared_prompts": shared_prompts(asked, selected)} if share else {}
     output = model(**inputs, **extra, rationale_weights=weights.double(), return_hidden_states=True)
     return output, gradients(output.loss, model)
 
 
+@pytest.mark.parametrize("path", ["one_by_one", "long", "padded"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_prompts_read_once_give_the_same_loss_and_gradients(name: str) -> None:
+def test_prompts_read_once_give_the_same_loss_and_gradients(
+    name: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU with and without scores that are written out; padded as on a GPU and within a graph."""
+    if path == "long":
+        monkeypatch.setattr(prompt_attention, "LONGEST_WRITTEN_OUT", 8)
+    if path == "padded":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     # Gemma 2's own attention gives NaN in fp64 for what begins with padding. Norms and rotations are fp32 in most.
     dtype, tolerance = (torch.float32, 2e-5) if name == "gemma2" else (torch.float64, 1e-6)
     model = build(name, dtype)
@@ -722,15 +733,44 @@ def test_prompts_read_once_are_read_once() -> None:
     model = build("llama")
     attachment = attach_mind_loss(model)
     asked, selected = questions()
-    read: list[tuple[int, int]] = []
+    read: list[Tensor] = []
     attachment.base.register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        lambda module, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True
     )
     objective(model, share=True)
-    longest = max(
-        len(question.target_ids[k]) for question, row in zip(asked, selected, strict=True) for k in range(K) if row[k]
-    )
-    assert read == [(3, 9), (6, longest - 1)]
+    tokens: list[int] = []
+    for question, row in zip(asked, selected, strict=True):
+        tokens += question.prompt_ids
+        for k in range(K):
+            tokens += question.target_ids[k][:-1] if row[k] else ()
+    assert [ids.tolist() for ids in read] == [[tokens]]
+
+
+def test_sequences_of_shared_prompts() -> None:
+    """Prompt (0, 1) with rationales (2,) and, of one token, (), then a question's only rationale with its prompt."""
+    asked = [
+        EncodedQuestion("first", (5, 6), ((7, 8), (9,)), 1, 0),
+        EncodedQuestion("second", (10, 11, 12), ((), (13, 14)), 1, 1),
+    ]
+    found = shared_prompts(asked, torch.tensor([[True, True], [False, True]]))
+    wanted = {
+        "input_ids": [[5, 6, 7, 10, 11, 12, 13]],
+        "position_ids": [[0, 1, 2, 0, 1, 2, 3]],
+        "query_index": [[0, 1, 0, 0], [2, 0, 0, 0], [3, 4, 5, 6]],
+        "key_index": [[0, 1, 0, 0], [0, 1, 2, 0], [3, 4, 5, 6]],
+        "output_index": [0, 1, 4, 8, 9, 10, 11],
+        "key_rows": [0, 1, 0, 1, 2, 3, 4, 5, 6],
+        "cu_seqlens_q": [0, 2, 3, 7],
+        "cu_seqlens_k": [0, 2, 5, 9],
+        "source": [1, 2, 1, 5, 6],
+        "place": [1, 2, 6, 12, 13],
+    }
+    assert {name: tensor.tolist() for name, tensor in found._asdict().items()} == wanted
+    seen = prompt_attention.attention_mask(found)[:, 0]
+    assert seen[0, :2].tolist() == [[True, False, False, False], [True, True, False, False]]
+    assert seen[1, 0].tolist() == [True, True, True, False]
+    assert seen[2].equal(torch.ones(4, 4).tril().bool())
+    assert seen.any(-1).all()
 
 
 def test_rows_that_predict_nothing_are_zero() -> None:
@@ -746,13 +786,117 @@ def test_rows_that_predict_nothing_are_zero() -> None:
     assert not shared.last_hidden_state.flatten(0, 1)[~labels].any()
 
 
-def test_a_base_without_a_cache_is_refused() -> None:
-    model = build("llama", torch.float32)
-    attach_mind_loss(model)
-    model.gradient_checkpointing_enable()
-    model.train()
-    with pytest.raises(ValueError, match="shared_prompts: LlamaModel gives NoneType for its keys and values"):
-        objective(model, share=True)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_prompts_read_once_with_gradient_checkpointing(use_reentrant: bool) -> None:
+    """Layers attend once more in the backward pass, after whatever else was read since."""
+    model = build("llama").train()
+    attachment = attach_mind_loss(model)
+    asked, selected = questions()
+    inputs = student_inputs(asked, selected, 0)
+    once = inputs | {"shared_prompts": shared_prompts(asked, selected), "rationale_weights": selected.double()}
+    wanted = gradients(model(**once).loss, model)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    loss = model(**once).loss
+    attachment.check_shared_prompts()
+    with torch.no_grad():
+        model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    assert_gradients_close(gradients(loss, model), wanted, 1e-12)
+
+
+def test_the_model_keeps_its_own_attention() -> None:
+    """What it reads without shared_prompts, generation included, and all it reads once the loss is detached."""
+    model = build("gemma3")
+    prompt = torch.tensor([[3, 4, 5, 6, 7, 8]])
+    wanted, text = model(prompt).logits, model.generate(prompt, max_new_tokens=4, do_sample=False)
+    attachment = attach_mind_loss(model)
+    attachment.check_shared_prompts()
+    assert model.config._attn_implementation == "sdpa"
+    objective(model, share=True)
+    assert model.config._attn_implementation == "mind_sdpa"
+    assert model(prompt).logits.equal(wanted)
+    assert model.generate(prompt, max_new_tokens=4, do_sample=False).equal(text)
+    attachment.detach()
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_eager_attention() -> None:
+    """Its mask is added to the scores; sinks, which GPT-OSS has, are the module's own."""
+    sizes = _SIZES | {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4}
+    torch.manual_seed(0)
+    for config in (transformers.GptOssConfig(**sizes), transformers.LlamaConfig(**_SIZES)):
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        attachment = attach_mind_loss(model)
+        attachment.check_shared_prompts()
+        plain, _ = objective(model, share=False)
+        shared, _ = objective(model, share=True)
+        torch.testing.assert_close(shared.loss, plain.loss, rtol=1e-5, atol=0)
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+) -> Tensor:
+    """flash_attn_varlen_func as flash-attn documents it: (tokens, heads, d), causal from the last query and key on."""
+    assert causal and dropout_p == 0.0 and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert (max_seqlen_q, max_seqlen_k) == (cu_seqlens_q.diff().max(), cu_seqlens_k.diff().max())
+    groups = query.shape[1] // key.shape[1]
+    outputs = []
+    for s in range(len(cu_seqlens_q) - 1):
+        q = query[cu_seqlens_q[s] : cu_seqlens_q[s + 1]].transpose(0, 1)
+        k, v = (
+            states[cu_seqlens_k[s] : cu_seqlens_k[s + 1]].repeat_interleave(groups, 1).transpose(0, 1)
+            for states in (key, value)
+        )
+        scores = q @ k.mT * (q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        last = k.shape[1] - q.shape[1]
+        distance = torch.arange(q.shape[1])[:, None] + last - torch.arange(k.shape[1])
+        left, right = window_size
+        seen = (distance >= 0) & ((distance <= left) | (left < 0)) & ((-distance <= right) | (right < 0))
+        outputs.append((scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3"])
+def test_flash_attention_is_given_the_sequences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flash_attn = types.ModuleType("flash_attn")
+    flash_attn.flash_attn_varlen_func = varlen_attention  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn)
+    model = build(name, torch.float32)
+    attach_mind_loss(model, consistency_weight=CONSISTENCY)
+    plain, plain_gradients = objective(model, share=False)
+    model.config._attn_implementation = "flash_attention_2"
+    shared, shared_gradients = objective(model, share=True)
+    assert model.config._attn_implementation == "mind_flash_attention_2"
+    torch.testing.assert_close(shared.loss, plain.loss, rtol=2e-5, atol=0)
+    for key, gradient in plain_gradients.items():
+        torch.testing.assert_close(shared_gradients[key], gradient, rtol=0, atol=2e-5 * gradient.abs().max().item())
+
+
+def test_flash_attention_unshared_is_transformers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its function looks its own name up, which is not the one that the config holds while prompts are shared."""
+    model = build("llama")
+    called: list[str] = []
+
+    def attend(module: nn.Module, query: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, None]:
+        called.append(module.config._attn_implementation)
+        return query.transpose(1, 2), None
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "flash_attention_2", attend)
+    model.config._attn_implementation = "mind_flash_attention_2"
+    model(input_ids=torch.tensor([[3, 4]]))
+    assert called == ["flash_attention_2"] * 2 and model.config._attn_implementation == "mind_flash_attention_2"
 
 
 @pytest.mark.parametrize(
@@ -764,27 +908,39 @@ def test_a_base_without_a_cache_is_refused() -> None:
         transformers.MiniMaxConfig(
             **_SIZES | {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8, "num_local_experts": 2}
         ),
+        transformers.BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=2),  # positions within its attention
     ],
     ids=lambda config: config.model_type,
 )
-def test_a_base_with_another_state_than_keys_and_values_is_refused(config: transformers.PretrainedConfig) -> None:
+def test_a_base_that_is_not_all_attention_is_refused(config: transformers.PretrainedConfig) -> None:
     attachment = attach_mind_loss(transformers.AutoModelForCausalLM.from_config(config))
-    with pytest.raises(ValueError, match=r"^shared_prompts: \w+Model gives \w+ for its keys and values"):
+    with pytest.raises(ValueError, match=r"^shared_prompts: tokens of \w+Model see others by more than an attention"):
         attachment.check_shared_prompts()
 
 
-def test_a_base_that_reads_another_thing_behind_its_cache_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attention_that_cannot_share_prompts_is_refused() -> None:
+    attachment = attach_mind_loss(build("llama"))
+    attachment.base.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="LlamaModel was loaded with attn_implementation='flex_attention', wanted eag"):
+        attachment.read({}, shared_prompts(*questions()))
+
+
+def test_an_attention_of_its_own_is_refused() -> None:
+    """Nemotron's layers choose theirs when they are made."""
+    attachment = attach_mind_loss(transformers.NemotronForCausalLM(transformers.NemotronConfig(**_SIZES)))
+    with pytest.raises(ValueError, match="NemotronModel does not take the attention that its config names") as error:
+        attachment.check_shared_prompts()
+    assert "\n" not in str(error.value)
+
+
+def test_a_base_that_reads_another_thing_behind_its_prompt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     attachment = attach_mind_loss(build("llama"))
     attachment.check_shared_prompts()
-    select = transformers.DynamicCache.batch_select_indices
-
-    def select_and_spoil(cache: transformers.DynamicCache, indices: Tensor) -> None:
-        select(cache, indices)
-        for layer in cache.layers:
-            layer.values = 1.01 * layer.values
-
-    monkeypatch.setattr(transformers.DynamicCache, "batch_select_indices", select_and_spoil)
-    with pytest.raises(ValueError, match="shared_prompts: what LlamaModel makes of tokens behind its cache differs"):
+    mask = attach.attention_mask
+    blind = torch.tensor([1])
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # else no mask is read on a CPU
+    monkeypatch.setattr(attach, "attention_mask", lambda prompts: mask(prompts).index_fill(-1, blind, False))
+    with pytest.raises(ValueError, match="shared_prompts: what LlamaModel makes of rationales behind one prompt diff"):
         attachment.check_shared_prompts()
 
 
@@ -800,4 +956,4 @@ def test_shared_prompts_without_labels() -> None:
     attach_mind_loss(model)
     asked, selected = questions()
     with pytest.raises(ValueError, match="shift_labels: given None with shared_prompts"):
-        model(input_ids=torch.tensor([[3, 4]]), shared_prompts=shared_prompts(asked, selected, 0))
+        model(input_ids=torch.tensor([[3, 4]]), shared_prompts=shared_prompts(asked, selected))

@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import fields
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -61,6 +60,7 @@ def config(folder: Path, **changes: Any) -> MindConfig:
         "assistant_window": 4,
         "assistant_warmup_epochs": 1,
         "save_strategy": "no",
+        "share_prompt": False,  # a sequence of the student's is then a rationale with its prompt
         "use_cpu": True,
         "disable_tqdm": True,
         "report_to": "none",
@@ -360,9 +360,28 @@ def test_a_shared_prompt_is_read_once_a_question(tmp_path: Path) -> None:
     spy = Spy(trainer)
     trainer.train()
     (batch,) = spy.batches
-    read = sum(len(row) for ids in spy.trained for row in rows(ids))
-    assert [len(ids) for ids in spy.trained] == [2, int(batch.mask.sum())]
-    assert read == batch.tokens(batch.mask, share_prompt=True) < batch.tokens(batch.mask)
+    read = batch.tokens(batch.mask, share_prompt=True)
+    assert [tuple(ids.shape) for ids in spy.trained] == [(1, read)]
+    assert read < batch.tokens(batch.mask)
+
+
+def test_prompts_are_shared_where_student_and_teacher_can(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    def read(student: nn.Module, **changes: Any) -> int:
+        trainer = make_trainer(tmp_path, student, method="no_fusion", max_steps=1, **{"share_prompt": None} | changes)
+        spy = Spy(trainer)
+        trainer.train()
+        return len(spy.trained[0])
+
+    assert MindConfig(output_dir=str(tmp_path), use_cpu=True).share_prompt is None
+    assert read(tiny_student()) == 1 and not recwarn.list
+    other = tiny_student()
+    other.model._supports_attention_backend = False
+    with pytest.raises(ValueError, match="shared_prompts: tokens of LlamaModel see others by more than an attention"):
+        read(other, share_prompt=True)
+    with pytest.warns(UserWarning, match="share_prompt: each rationale's prompt is read again"):
+        assert read(other) > 1
+    with pytest.warns(UserWarning, match="share_prompt: each rationale's prompt is read again"):
+        assert read(tiny_student(), kl_weight=0.5, teacher=other) > 1
 
 
 def test_weights_of_the_methods(tmp_path: Path) -> None:
@@ -502,14 +521,14 @@ def test_a_white_box_teacher(share_prompt: bool, tmp_path: Path) -> None:
     assert "forward" not in vars(teacher)
 
 
-def test_a_teacher_that_reads_otherwise_behind_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_that_reads_otherwise_behind_a_shared_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = MindAttachment.read
 
     def wrong(attachment: MindAttachment, inputs: Any, shared_prompts: Any = None) -> Tensor:
         return read(attachment, inputs, shared_prompts) * (1.0 if shared_prompts is None else 1.01)
 
     monkeypatch.setattr(MindAttachment, "read", wrong)
-    with pytest.raises(ValueError, match="shared_prompts: what LlamaModel makes of tokens behind its cache differs"):
+    with pytest.raises(ValueError, match="shared_prompts: what LlamaModel makes of rationales behind one prompt d"):
         make_trainer(tmp_path, kl_weight=0.7, teacher=tiny_student(seed=5), share_prompt=True)
 
 
@@ -863,18 +882,13 @@ def test_a_student_that_is_not_finite_from_the_start(tmp_path: Path) -> None:
         ("eval_on_start", True, "eval_on_start: given True, want False: held-out accuracy is measured"),
         ("label_smoothing_factor", 0.1, "label_smoothing_factor: given 0.1, want 0.0: the fused loss"),
         ("remove_unused_columns", True, "remove_unused_columns: given True, want False"),
-        *(
-            (field.name, True, "gradient_checkpointing: given True, want False with share_prompt")
-            for field in fields(MindConfig)
-            if field.name in ("gradient_checkpointing", "activation_checkpointing")  # its newer name
-        ),
         ("fsdp", "full_shard", "fsdp: given 'full_shard', want None: a rank measures rationales that others have not"),
         ("deepspeed", "zero3.json", "deepspeed: given 'zero3.json', want None: a rank measures rationales"),
     ],
 )
 def test_settings_out_of_range(field: str, value: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
-        config(tmp_path, **{"share_prompt": True, "max_steps": -1, field: value})
+        config(tmp_path, **{"max_steps": -1, field: value})
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
