@@ -5,7 +5,8 @@
 Each loss runs in a process of its own, first without a limit, which measures the peak, then under the cap (RLIMIT_DATA,
 what the process may allocate), where it finishes or is out of memory. A step is forward + backward + AdamW in bf16
 autocast over fp32 weights. The plain loss is Hugging Face's own: the model's logits of every row and F.cross_entropy
-over the supervised ones, rationales weighted equally.
+over the supervised ones, rationales weighted equally. "mind" reads the same padded batch; "shared" reads
+its prompt once and no padding, as MindTrainer does.
 """
 
 from __future__ import annotations
@@ -28,13 +29,17 @@ from bench.measure import environment, write_json
 from mind_kernels.testing import peak_extra_bytes
 
 GiB = 2**30
-LOSSES = {"plain": "Hugging Face logits + F.cross_entropy", "mind": "attach_mind_loss"}
+LOSSES = {
+    "plain": "Hugging Face logits + F.cross_entropy",
+    "mind": "attach_mind_loss",
+    "shared": "attach_mind_loss, shared_prompts",
+}
 
 
 def step(loss: str, student: str) -> dict[str, Any]:
     """One step in this process. Imports are here: the parent needs none of it."""
     from mind.attach import attach_mind_loss
-    from mind.collator import student_inputs
+    from mind.collator import shared_prompts, student_inputs
     from mind.data import encode_record, load_records
     from mind.problems import generate_records
     from mind.prompting import PromptFormat
@@ -44,18 +49,21 @@ def step(loss: str, student: str) -> dict[str, Any]:
     record = load_records(generate_records(1, seed=0))[0]
     perspectives = [rationale.perspective for rationale in record.rationales]
     question = encode_record(record, tokenizer, perspectives, PromptFormat(), max_length=1024)
-    batch = student_inputs([question], torch.ones(1, len(perspectives), dtype=torch.bool), 0)
+    selected = torch.ones(1, len(perspectives), dtype=torch.bool)
+    batch: dict[str, Any] = student_inputs([question], selected, 0)
     R, T = batch["input_ids"].shape
+    if loss == "shared":
+        batch["shared_prompts"] = shared_prompts([question], selected)
     weights = torch.full((1, R), 1 / R)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     model.train()
-    if loss == "mind":
+    if loss != "plain":
         attach_mind_loss(model, consistency_weight=0.0)
     losses: list[float] = []
 
     def train() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            if loss == "mind":
+            if loss != "plain":
                 total = model(**batch, rationale_weights=weights).loss
             else:
                 logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -71,7 +79,7 @@ def step(loss: str, student: str) -> dict[str, Any]:
     peak = peak_extra_bytes(train)
     supervised = int((batch["shift_labels"] != -100).sum())
     return {
-        "rows": R * T,
+        "rows": batch["shared_prompts"].input_ids.numel() if loss == "shared" else R * T,
         "supervised_rows": supervised,
         "loss": losses[0],
         "peak_extra_bytes": peak,
