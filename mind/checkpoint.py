@@ -36,7 +36,8 @@ def remove_partial(output_dir: str) -> None:
 def read_state(checkpoint: str, wanted: dict[str, Any]) -> dict[str, Any]:
     """MIND's state in a checkpoint, after comparing the run it belongs to with the present one.
 
-    wanted: "method", "lora_r" (None without LoRA), "perspectives" and "question_ids" of the present run.
+    wanted: "method", "lora_r" (None without LoRA), "perspectives", "question_ids" and "answer_suffix" of the present
+        run.
 
     Raises: ValueError when the folder is no checkpoint of MindTrainer, or one of another run.
     """
@@ -66,6 +67,11 @@ def read_state(checkpoint: str, wanted: dict[str, Any]) -> dict[str, Any]:
     if state["question_ids"] != wanted["question_ids"]:
         count = len(state["question_ids"])
         raise ValueError(f"{checkpoint}: was trained on {count} other questions, want those of train_dataset")
+    suffix = state.get("answer_suffix", wanted["answer_suffix"])  # which checkpoints did not tell at first
+    if suffix != wanted["answer_suffix"]:
+        raise ValueError(
+            f"{checkpoint}: was trained with answer_suffix {suffix!r}, want train_dataset's {wanted['answer_suffix']!r}"
+        )
     return state
 
 

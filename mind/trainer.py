@@ -586,6 +586,7 @@ class MindTrainer(Trainer):
             "lora_r": self.args.lora_r if self.args.use_lora else None,
             "perspectives": list(self.perspectives),
             "question_ids": [question.id for question in self.train_dataset.questions],
+            "answer_suffix": self.train_dataset.prompt_format.answer_suffix,
         }
 
     def _load_state(self, checkpoint: str) -> None:

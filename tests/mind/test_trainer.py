@@ -781,11 +781,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"dataset": tuple(reversed(PERSPECTIVES))}, "orders its perspectives formal_symbolic, intuitive"),
         ({"method": "no_fusion"}, "was trained with method 'mind', want 'no_fusion'"),
         ({"questions": 7}, "was trained on 8 other questions"),
+        (
+            {"answer_suffix": "\nAnswer: {answer}"},
+            "was trained with answer_suffix '\\nThe answer is {answer}.', want train_dataset's '\\nAnswer: {answer}'",
+        ),
         ({"assistant_hidden_size": 16}, "its teaching assistant has hidden_size = 8, want 16"),
     ],
 )
 def test_a_checkpoint_of_another_run(changes: dict[str, Any], message: str, checkpoint: Path, tmp_path: Path) -> None:
-    dataset = tiny_dataset(changes.pop("questions", 8), changes.pop("dataset", PERSPECTIVES))
+    suffix = changes.get("answer_suffix", MindConfig.answer_suffix)
+    dataset = tiny_dataset(changes.pop("questions", 8), changes.pop("dataset", PERSPECTIVES), suffix)
     with pytest.raises(ValueError) as error:
         make_trainer(tmp_path, dataset=dataset, **changes).train(resume_from_checkpoint=str(checkpoint))
     assert message in str(error.value) and str(checkpoint) in str(error.value) and "\n" not in str(error.value)

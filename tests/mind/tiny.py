@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mind.data import MindDataset, load_records
+from mind.prompting import PromptFormat
 
 PERSPECTIVES = ("formal_symbolic", "intuitive", "decomposition", "planning")
 FEATURE_DIM = 12
@@ -59,8 +60,18 @@ def raw_records(num_questions: int, perspectives: tuple[str, ...] = PERSPECTIVES
     ]
 
 
-def tiny_dataset(num_questions: int = 8, perspectives: tuple[str, ...] = PERSPECTIVES) -> MindDataset:
+def tiny_dataset(
+    num_questions: int = 8,
+    perspectives: tuple[str, ...] = PERSPECTIVES,
+    answer_suffix: str = PromptFormat.answer_suffix,
+) -> MindDataset:
     records = load_records(raw_records(num_questions, perspectives))
     generator = torch.Generator().manual_seed(7)
     features = torch.randn(num_questions, len(perspectives), FEATURE_DIM, generator=generator)
-    return MindDataset(records, tiny_tokenizer(), features=features, perspectives=perspectives)
+    return MindDataset(
+        records,
+        tiny_tokenizer(),
+        features=features,
+        perspectives=perspectives,
+        prompt_format=PromptFormat(answer_suffix),
+    )
