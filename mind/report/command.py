@@ -32,6 +32,8 @@ def main(arguments: Sequence[str]) -> None:
         if given:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise UsageError(f"{flags}: settings of --latent, which is not given, want none of them without it")
+    if options.output == "":
+        raise UsageError("--output: given '', want a folder")
     output = options.output or (os.path.join(options.runs[0], "report") if options.runs else "report")
     runs = read_runs(options.runs) if options.runs else []
     from mind.report.page import check_output, write_report

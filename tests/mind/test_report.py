@@ -345,6 +345,7 @@ def test_arguments_that_cannot_be_used(runs: Path, tmp_path: Path, capsys: pytes
         ([run, "--limit", "5"], "--limit: settings of --latent, which is not given"),
         ([run, "--max-new-tokens=8", "--batch-size=1", "--seed=1"], "--max-new-tokens, --batch-size, --seed: settings"),
         ([run, "--answer-suffix", "So {answer}"], "--answer-suffix: settings of --latent"),
+        ([run, "--output", ""], "--output: given '', want a folder"),
         ([run, "--output", str(tmp_path / "file")], "file is a file, want a folder"),
         ([run, "--output", str(tmp_path / "file" / "a")], "file/a cannot be made: Not a directory"),
         ([run, "--output", str(tmp_path / "taken")], "taken cannot be made: Is a directory"),
