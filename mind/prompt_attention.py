@@ -180,8 +180,8 @@ def _one_by_one(
                 weights = (scores.view(-1, n, m) + hidden).softmax(-1)
                 weights = F.dropout(weights, dropout) if dropout else weights
                 output = (weights.view(len(k), -1, m) @ v).view(-1, n, v.shape[-1])
-            outputs.append(output)
-    return torch.cat(outputs, dim=1).transpose(0, 1)[None]
+            outputs.append(output.transpose(0, 1))
+    return torch.cat(outputs)[None]  # contiguous: some models view it
 
 
 def _in_autocast_dtype(*states: Tensor) -> list[Tensor]:

@@ -75,6 +75,7 @@ ARCHITECTURES = {
     "gemma3": ("Gemma3", _SIZES | {"sliding_window": 4, "final_logit_softcapping": 3.0, "tie_word_embeddings": True}),
     "gpt2": ("GPT2", _GPT2_SIZES),  # another base_model_prefix, order of arguments and config names
     "granite": ("Granite", _SIZES | {"logits_scaling": 4.0}),  # divides
+    "jetmoe": ("JetMoe", _SIZES | {"kv_channels": 16, "num_local_experts": 2, "num_experts_per_tok": 2}),  # a view
     "cohere": ("Cohere", _SIZES | {"logit_scale": 0.25}),  # multiplies
     "phi": ("Phi", _SIZES),  # a bias in the head
     "opt": ("OPT", _OPT_SIZES),  # a decoder inside the base model
