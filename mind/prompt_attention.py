@@ -109,6 +109,14 @@ def _attend(
     else:
         attend = AttentionInterface()[own]
     flash = own == "flash_attention_2"
+    if shared_prompts is not None and "sliding_window" not in settings:
+        # A model that gives its window to its own mask alone, which is not made here.
+        window = getattr(getattr(module, "config", None), "sliding_window", None)
+        if window:  # Qwen 2 MoE has 0 for none
+            raise ValueError(
+                f"shared_prompts: {type(module).__name__} is not given the sliding window of {window} tokens that its "
+                "config names, wanted no window or one that attention is given: read the prompts unshared"
+            )
     if shared_prompts is None and flash:  # transformers' function reads its own name again
         config: Any = module.config
         config._attn_implementation = own

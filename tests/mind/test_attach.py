@@ -927,6 +927,19 @@ def test_an_attention_that_cannot_share_prompts_is_refused() -> None:
         attachment.read({}, shared_prompts(*questions()))
 
 
+@pytest.mark.parametrize("name", ["Phimoe", "Qwen2Moe"])
+def test_a_window_that_only_the_mask_knows_is_refused(name: str) -> None:
+    """One longer than what the check reads, too."""
+    sizes = _SIZES | {"num_experts_per_tok": 1, "sliding_window": 4096}
+    sizes |= {"num_local_experts": 2} if name == "Phimoe" else {"num_experts": 2, "moe_intermediate_size": 16}
+    config = getattr(transformers, f"{name}Config")(**sizes, use_sliding_window=True)
+    attachment = attach_mind_loss(transformers.AutoModelForCausalLM.from_config(config))
+    with pytest.raises(ValueError, match="Attention is not given the sliding window of 4096 tokens that its config na"):
+        attachment.check_shared_prompts()
+    config = getattr(transformers, f"{name}Config")(**sizes | {"sliding_window": None})
+    attach_mind_loss(transformers.AutoModelForCausalLM.from_config(config)).check_shared_prompts()
+
+
 def test_an_attention_of_its_own_is_refused() -> None:
     """Nemotron's layers choose theirs when they are made."""
     attachment = attach_mind_loss(transformers.NemotronForCausalLM(transformers.NemotronConfig(**_SIZES)))
