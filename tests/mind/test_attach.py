@@ -869,6 +869,36 @@ def varlen_attention(
     return torch.cat(outputs)
 
 
+@pytest.mark.parametrize("path", ["one_by_one", "long", "padded", "flash"])
+def test_attention_dropout_of_prompts_read_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SIZES, attention_dropout=0.5))
+    attach_mind_loss(model)
+    shares: list[float] = []
+    if path == "long":
+        monkeypatch.setattr(prompt_attention, "LONGEST_WRITTEN_OUT", 8)
+    if path == "padded":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    if path == "flash":
+
+        def attend(*args: Any, dropout_p: float, **settings: Any) -> Tensor:
+            shares.append(dropout_p)
+            return varlen_attention(*args, **settings)
+
+        flash_attn = types.ModuleType("flash_attn")
+        flash_attn.flash_attn_varlen_func = attend  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "flash_attn", flash_attn)
+        model.config._attn_implementation = "flash_attention_2"
+    wanted, _ = objective(model.eval(), share=True)
+    dropped, _ = objective(model.train(), share=True)
+    if path == "flash":
+        assert shares == [0.0, 0.0, 0.5, 0.5]
+    else:
+        assert not torch.isclose(dropped.loss, wanted.loss, rtol=1e-3)
+    again, _ = objective(model.eval(), share=True)
+    assert again.loss.equal(wanted.loss)
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3"])
 def test_flash_attention_is_given_the_sequences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flash_attn = types.ModuleType("flash_attn")
