@@ -899,6 +899,28 @@ def test_attention_dropout_of_prompts_read_once(path: str, monkeypatch: pytest.M
     assert again.loss.equal(wanted.loss)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("path", ["one_by_one", "long", "padded"])
+def test_prompts_read_once_under_autocast(path: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotated queries and keys are fp32 there and values are not."""
+    if path == "long":
+        monkeypatch.setattr(prompt_attention, "LONGEST_WRITTEN_OUT", 8)
+    if path == "padded":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    model = build("llama", torch.float32)
+    attach_mind_loss(model, consistency_weight=CONSISTENCY)
+    exact, exact_gradients = objective(model, share=False)
+
+    def error(share: bool) -> tuple[float, float]:
+        with torch.autocast("cpu", dtype=dtype):
+            output, found = objective(model, share=share)
+        off = sum((found[key] - wanted).square().sum() for key, wanted in exact_gradients.items())
+        return abs(output.loss - exact.loss).item(), float(off) ** 0.5
+
+    plain, shared = error(False), error(True)
+    assert shared[0] <= 3 * plain[0] + 1e-2 and shared[1] <= 3 * plain[1]
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3"])
 def test_flash_attention_is_given_the_sequences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flash_attn = types.ModuleType("flash_attn")
