@@ -28,7 +28,7 @@ from transformers.utils import ModelOutput
 
 from mind.collator import SharedPrompts, shared_prompts, student_inputs
 from mind.data import EncodedQuestion
-from mind.prompt_attention import attention_mask, prompt_attention, use_own_attention
+from mind.prompt_attention import attention_mask, needs_autocast, prompt_attention, readable, use_own_attention
 from mind_kernels import MindLoss
 
 __all__ = ["MindAttachment", "MindOutput", "attach_mind_loss"]
@@ -191,7 +191,7 @@ class MindAttachment:
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
         prompts = SharedPrompts(*(tensor.to(device) for tensor in shared_prompts(questions, selected)))
         rows = batch["supervised_index"].to(device)
-        with evaluation_mode(self.base):  # dropout would tell two runs apart
+        with evaluation_mode(self.base), readable(self.base):  # dropout would tell two runs apart
             plain = self.read(inputs).flatten(0, 1)[rows]
             try:
                 shared = self.read(inputs, prompts).flatten(0, 1)[rows]
@@ -201,7 +201,8 @@ class MindAttachment:
                     f"({str(error).splitlines()[0]}): read the prompts unshared"
                 ) from error
         difference = (plain - shared).abs().max().item()
-        allowed = max(1e-4, 8 * torch.finfo(plain.dtype).eps) * plain.abs().max().item()
+        dtype = torch.bfloat16 if needs_autocast(self.base) else plain.dtype
+        allowed = max(1e-4, 8 * torch.finfo(dtype).eps) * plain.abs().max().item()
         if not difference <= allowed:
             raise ValueError(
                 f"shared_prompts: what {name} makes of rationales behind one prompt differs by up to "
@@ -277,7 +278,7 @@ class MindAttachment:
         name = type(model).__name__
         input_ids = torch.arange(4, device=model.device).remainder(self.head.out_features)[None]  # (1, 4)
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
-        with evaluation_mode(model):  # dropout would tell two runs apart
+        with evaluation_mode(model), readable(self.base):  # dropout would tell two runs apart
             hidden_states = self.base(**inputs)[0]  # (1, 4, H)
             if hidden_states.shape[-1] != self.head.in_features:
                 raise ValueError(
@@ -308,8 +309,9 @@ class MindAttachment:
         if not bool(own_logits.isfinite().all()):
             raise ValueError(f"model: {name}'s own logits hold NaN or Inf, wanted finite ones: are its weights whole?")
         difference = (own_logits - logits).abs().max().item()
-        # A few roundings in the model's dtype; an unknown scale or cap changes far more than that.
-        allowed = max(1e-4, 4 * torch.finfo(self.head.weight.dtype).eps) * own_logits.abs().max().item()
+        # A few roundings in the dtype of its products; an unknown scale or cap changes far more than that.
+        dtype = torch.bfloat16 if needs_autocast(self.base) else self.head.weight.dtype
+        allowed = max(1e-4, 4 * torch.finfo(dtype).eps) * own_logits.abs().max().item()
         if not difference <= allowed:
             raise ValueError(
                 f"model: {name}'s own logits differ by up to {difference:.3g} (allowed {allowed:.1g}) from those of "

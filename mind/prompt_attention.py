@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -76,6 +76,19 @@ def prompt_attention(base: Any) -> Iterator[None]:
 def use_own_attention(base: Any) -> None:
     """What prompt_attention left behind, undone."""
     base.config._attn_implementation = _own_attention(base)
+
+
+def needs_autocast(base: Any) -> bool:
+    """Whether nothing can be read without: FlashAttention has no fp32, and the weights are."""
+    return _own_attention(base) == "flash_attention_2" and next(base.parameters()).dtype == torch.float32
+
+
+def readable(base: Any) -> AbstractContextManager[Any]:
+    """bf16 autocast where nothing can be read without and none is on, as in checks before a training under autocast."""
+    device = next(base.parameters()).device.type
+    if needs_autocast(base) and not torch.is_autocast_enabled(device):
+        return torch.autocast(device, torch.bfloat16)
+    return nullcontext()
 
 
 def attention_mask(prompts: SharedPrompts) -> Tensor:

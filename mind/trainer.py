@@ -36,6 +36,7 @@ from mind.config import SHARDING, MindConfig
 from mind.data import EncodedQuestion, MindDataset
 from mind.feedback import Feedback, peak_memory_bytes, summarise
 from mind.generate.topk import TopKTeacher
+from mind.prompt_attention import needs_autocast, readable
 from mind_kernels import TeacherHidden, TeacherTopK, fused_linear_cross_entropy, record_pruning
 from mind_kernels.chunking import to_device
 
@@ -80,6 +81,11 @@ class MindTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError(f"given {args.n_gpu} GPUs in one process, want one process a GPU: launch with torchrun")
         _check_dataset(train_dataset, args, model)
+        if not (args.bf16 or args.fp16) and needs_autocast(model.get_decoder()):
+            raise ValueError(
+                "bf16: given False with a student in fp32 and attn_implementation flash_attention_2, "
+                "want bf16 or fp16: FlashAttention has no fp32"
+            )
         super().__init__(
             model=_with_lora(model, args) if args.use_lora else model,
             args=args,
@@ -301,12 +307,12 @@ class MindTrainer(Trainer):
     def _teacher_rows(
         self, questions: Sequence[EncodedQuestion], selected: Tensor, batch: dict[str, Any]
     ) -> TeacherHidden | TeacherTopK:
-        """The teacher on the same tokens: what is stored of it, or a white-box one in its own dtype."""
+        """The teacher on the same tokens: what is stored of it, or a white-box one in its own dtype where it can be."""
         if isinstance(self._teacher, TopKTeacher):
             return self._teacher.rows(questions, selected, batch["input_ids"].shape[1], self.args.device)
         assert self._teacher is not None
         head, settings = self._teacher.head, self._teacher.loss.settings
-        with torch.autocast(self.args.device.type, enabled=False):
+        with torch.autocast(self.args.device.type, enabled=False), readable(self._teacher.base):
             hidden_states = _read(self._teacher, batch)
         return TeacherHidden(hidden_states, head.weight, head.bias, settings["logit_scale"], settings["logit_softcap"])
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -17,8 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
+from transformers.integrations.flash_attention import get_target_dtype
 
 import mind.trainer
 from mind.assistant import load_assistant
@@ -30,6 +33,7 @@ from mind.config import MindConfig
 from mind.data import EncodedQuestion, MindDataset, load_records
 from mind.trainer import MindTrainer
 
+from .test_attach import varlen_attention
 from .tiny import FEATURE_DIM, PERSPECTIVES, raw_records, tiny_dataset, tiny_student, tiny_tokenizer
 
 
@@ -382,6 +386,51 @@ def test_prompts_are_shared_where_student_and_teacher_can(tmp_path: Path, recwar
         assert read(other) > 1
     with pytest.warns(UserWarning, match="share_prompt: each rationale's prompt is read again"):
         assert read(tiny_student(), kl_weight=0.5, teacher=other) > 1
+
+
+@pytest.fixture
+def flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, and as FlashAttention and transformers around it without fp32."""
+
+    def check(query: Tensor) -> None:
+        if query.dtype == torch.float32:
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
+    ) -> tuple[Tensor, None]:
+        dtype = get_target_dtype(query, module) or query.dtype
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        check(query)
+        seen = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()
+        seen = seen if mask is None else (seen & mask[:, None, None].bool()) | torch.eye(len(seen), dtype=torch.bool)
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
+        return output.transpose(1, 2).contiguous(), None
+
+    def attend_varlen(query: Tensor, *tensors: Any, **settings: Any) -> Tensor:
+        check(query)
+        return varlen_attention(query, *tensors, **settings)
+
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_varlen_func = attend_varlen  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", attend)
+
+
+@pytest.mark.usefixtures("flash_attention")
+def test_flash_attention_with_weights_in_fp32(tmp_path: Path) -> None:
+    """Student and teacher, which are checked where no autocast is on."""
+
+    def flash(seed: int = 0) -> LlamaForCausalLM:
+        student = tiny_student(seed)
+        student.config._attn_implementation = "flash_attention_2"
+        return student
+
+    changes = {"method": "no_fusion", "max_steps": 1, "bf16": True}
+    for share_prompt in (False, True):
+        make_trainer(tmp_path, flash(), teacher=flash(5), kl_weight=0.5, share_prompt=share_prompt, **changes).train()
+    with pytest.raises(ValueError, match=r"^bf16: given False with a student in fp32 and attn_implementation flash"):
+        make_trainer(tmp_path, flash())
 
 
 def test_weights_of_the_methods(tmp_path: Path) -> None:
