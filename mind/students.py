@@ -85,9 +85,10 @@ def load_student(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         # ImportError: of a quantised model, whose package is not installed.
         reason = " ".join(str(error).split())[:300]
+        given = "" if attn_implementation is None else f" with attn_implementation {attn_implementation!r}"
         raise ValueError(
-            f"{role} {name!r} cannot be loaded: want {' or '.join(BUILTIN_STUDENTS)}, a Hugging Face causal LM folder "
-            f"or a hub id ({type(error).__name__}: {reason})"
+            f"{role} {name!r} cannot be loaded{given}: want {' or '.join(BUILTIN_STUDENTS)}, a Hugging Face causal LM "
+            f"folder or a hub id ({type(error).__name__}: {reason})"
         ) from error
     model, report = loaded
     absent = sorted(report["missing_keys"])

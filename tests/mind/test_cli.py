@@ -14,6 +14,7 @@ from mind.config import MindConfig
 from mind.evaluate.command import _parser as evaluate_parser
 from mind.generate.command import GenerateConfig
 from mind.generate.command import parse as parse_generate
+from mind.run import distil
 
 CPU = ["--use_cpu"]
 
@@ -56,6 +57,22 @@ def test_defaults() -> None:
     run, config = parse_train(CPU)
     assert run == RunArguments()
     assert config.beta == 0.8 and config.learning_rate == 1e-5 and config.output_dir == "runs/mind"
+
+
+def test_attn_implementation_is_for_student_and_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, str] = {}
+
+    def load(name: str, attn_implementation: str, role: str = "student") -> tuple[None, None]:
+        asked[name] = attn_implementation
+        if role == "teacher":
+            raise ValueError("seen enough")
+        return None, None
+
+    monkeypatch.setattr("mind.run.load_student", load)
+    flags = ["--student", "s", "--teacher", "t", "--kl_weight", "0.5", "--attn_implementation", "eager"]
+    with pytest.raises(ValueError, match="seen enough"):
+        distil(*parse_train([*CPU, *flags, "--num_questions", "4", "--output_dir", str(tmp_path)]))
+    assert asked == {"s": "eager", "t": "eager"}
 
 
 def test_values_of_the_file_are_typed_as_flags_are(tmp_path: Path) -> None:

@@ -265,6 +265,13 @@ def refused(name: object, **options: object) -> str:
     return message
 
 
+def test_attention(folder):
+    assert load_student(folder)[0].config._attn_implementation == "sdpa"
+    assert load_student(folder, attn_implementation="eager")[0].config._attn_implementation == "eager"
+    assert "cannot be loaded with attn_implementation 'sdp': want" in refused(folder, attn_implementation="sdp")
+    assert "attn_implementation" not in refused("nobody/nothing")
+
+
 def test_unknown_students(tmp_path):
     assert "want smollm2-135m or gemma3-270m" in refused("smollm3")
     assert "want smollm2-135m or gemma3-270m" in refused("nobody/nothing")
