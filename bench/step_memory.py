@@ -5,8 +5,8 @@
 Each loss runs in a process of its own, first without a limit, which measures the peak, then under the cap (RLIMIT_DATA,
 what the process may allocate), where it finishes or is out of memory. A step is forward + backward + AdamW in bf16
 autocast over fp32 weights. The plain loss is Hugging Face's own: the model's logits of every row and F.cross_entropy
-over the supervised ones, rationales weighted equally. "mind" reads the same padded batch; "shared" reads
-its prompt once and no padding, as MindTrainer does.
+over the supervised ones, rationales weighted equally. "mind" reads the same padded batch; "shared" its prompt
+once and no padding, as MindTrainer does.
 """
 
 from __future__ import annotations

@@ -195,7 +195,8 @@ class MindAttachment:
             plain = self.read(inputs).flatten(0, 1)[rows]
             try:
                 shared = self.read(inputs, prompts).flatten(0, 1)[rows]
-            except RuntimeError as error:  # of an attention of its own, which the mask of all sequences does not fit
+            except (RuntimeError, TypeError) as error:
+                # An attention of its own, which the mask of all sequences does not fit, or a forward without **kwargs.
                 raise ValueError(
                     f"shared_prompts: {name} does not take the attention that its config names "
                     f"({str(error).splitlines()[0]}): read the prompts unshared"

@@ -147,7 +147,7 @@ class MindConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Read each question's prompt once, not once for each of its rationales, and no padding; the same "
-            "to rounding. Default: where student and teacher can, which have nothing between tokens but attention: "
+            "to rounding. Default: where student and teacher have nothing between tokens but attention, and that is "
             "eager, sdpa or flash_attention_2."
         },
     )

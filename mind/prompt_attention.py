@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from mind.collator import SharedPrompts
 
@@ -51,10 +51,11 @@ def prompt_attention(base: Any) -> Iterator[None]:
     Raises: ValueError when attention is not all through which a token of the base model sees others, or when its
         attention is not one of OWN.
     """
-    name, before = type(base).__name__, base.config._attn_implementation
-    own = _own_attention(base)
-    layers = set(getattr(base.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if not base._supports_attention_backend or base._is_stateful or layers:
+    name, own = type(base).__name__, _own_attention(base)
+    layers = set(getattr(getattr(base, "config", None), "layer_types", None) or ())
+    layers -= {"full_attention", "sliding_attention"}
+    chosen = isinstance(base, PreTrainedModel) and base._supports_attention_backend and not base._is_stateful
+    if not chosen or layers:
         what = f" in its layers of {', '.join(sorted(layers))}" if layers else ""
         raise ValueError(
             f"shared_prompts: tokens of {name} see others by more than an attention that can be chosen{what}, wanted "
@@ -65,6 +66,7 @@ def prompt_attention(base: Any) -> Iterator[None]:
             f"shared_prompts: {name} was loaded with attn_implementation={own!r}, wanted {', '.join(OWN[:-1])} or "
             f"{OWN[-1]}"
         )
+    before = base.config._attn_implementation
     base.config._attn_implementation = _PREFIX + own
     try:
         yield
@@ -75,7 +77,9 @@ def prompt_attention(base: Any) -> Iterator[None]:
 
 def use_own_attention(base: Any) -> None:
     """What prompt_attention left behind, undone."""
-    base.config._attn_implementation = _own_attention(base)
+    own = _own_attention(base)
+    if own is not None:
+        base.config._attn_implementation = own
 
 
 def needs_autocast(base: Any) -> bool:
@@ -101,8 +105,10 @@ def attention_mask(prompts: SharedPrompts) -> Tensor:
     return ((keys[:, None, :] <= queries[:, :, None]) & present[:, None, :])[:, None]
 
 
-def _own_attention(base: Any) -> str:
-    return str(base.config._attn_implementation).removeprefix(_PREFIX)
+def _own_attention(base: Any) -> str | None:
+    """None for a base that is a plain module, or names no attention."""
+    name = getattr(getattr(base, "config", None), "_attn_implementation", None)
+    return None if name is None else str(name).removeprefix(_PREFIX)
 
 
 def _attend(

@@ -992,6 +992,56 @@ def test_a_window_that_only_the_mask_knows_is_refused(name: str) -> None:
     attach_mind_loss(transformers.AutoModelForCausalLM.from_config(config)).check_shared_prompts()
 
 
+class PlainDecoder(nn.Module):
+    """No PreTrainedModel, so without a config."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.decoder(**inputs)
+
+
+class NamedDecoder(transformers.LlamaModel):
+    """Takes no arguments but those that it names."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        use_cache: Any = None,
+    ) -> Any:
+        return super().forward(input_ids, attention_mask, position_ids, use_cache=use_cache)
+
+
+def test_a_decoder_that_is_a_plain_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    attachment = attach_mind_loss(model)
+    wanted, _ = objective(model, share=False)
+    attachment.detach()
+    model.model = PlainDecoder(model.model)
+    monkeypatch.setattr(type(model), "get_decoder", lambda self: self.model)
+    monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: self.lm_head)
+    attachment = attach_mind_loss(model)
+    plain, _ = objective(model, share=False)
+    torch.testing.assert_close(plain.loss, wanted.loss)
+    with pytest.raises(ValueError, match="shared_prompts: tokens of PlainDecoder see others by more than an attention"):
+        attachment.check_shared_prompts()
+    attachment.detach()
+
+
+def test_a_decoder_without_further_arguments_is_refused() -> None:
+    model = build("llama")
+    model.model.__class__ = NamedDecoder
+    with pytest.raises(ValueError, match="NamedDecoder does not take the attention that its config names") as error:
+        attach_mind_loss(model).check_shared_prompts()
+    assert "\n" not in str(error.value)
+
+
 def test_an_attention_of_its_own_is_refused() -> None:
     """Nemotron's layers choose theirs when they are made."""
     attachment = attach_mind_loss(transformers.NemotronForCausalLM(transformers.NemotronConfig(**_SIZES)))
