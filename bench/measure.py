@@ -12,7 +12,6 @@ of a round follow each other, the bare products among them, so that a slow momen
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import math
@@ -199,8 +198,6 @@ def peak_bytes(function: Callable[[], object], device: str) -> int:
     """Of function() above what is held before it, what it keeps included."""
     gc.collect()  # what is freed during function() would hide as much of its peak
     if device == "cpu":
-        # glibc keeps up to 64 MiB of freed memory resident, which a call would be given without a trace.
-        ctypes.CDLL(None).malloc_trim(0)
         return peak_extra_bytes(function)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
