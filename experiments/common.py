@@ -32,12 +32,13 @@ from mind.prompting import PromptFormat
 RESULTS = Path("experiments/results")
 MAX_CHARACTERS = 480  # of a rationale to train on: what a CPU can afford
 MAX_NEW_TOKENS = 128
-DATA = ("svamp", "gsm8k", "problems", "four_kinds", "two_digits")
+DATA = ("svamp", "gsm8k", "problems", "four_kinds", "two_digits", "ages")
 FOUR_KINDS = (CatchUp, Averages, Ages, Survey)  # trained and, with other numbers, tested
 TWO_DIGIT_KINDS = (CatchUp, Ages, Survey, Shopping)  # steps are sums, differences, and small products and quotients
 UNSEEN_KINDS = (Shopping, Mixture, JointWork, Outfits)
 MAX_DIFFICULTY = 0.4  # of a generated problem to train on
 MAX_NUMBER = 100  # in a question and its decomposition, for a student that fails at larger ones
+MAX_AGES_NUMBER = 50
 
 
 class Splits(NamedTuple):
@@ -67,8 +68,9 @@ def load_splits(options: argparse.Namespace) -> Splits:
 
     data: "svamp" (3 sampled rationales; out of distribution: GSM8K), "gsm8k" (2 written ones; SVAMP), "problems" (8
         perspectives, all generated kinds, tested at all difficulties; SVAMP), "four_kinds" (8 perspectives, four
-        generated kinds, tested on other numbers; out of distribution: four other kinds) or "two_digits" (8
-        perspectives, four generated kinds with whole numbers up to 100, tested on others; SVAMP).
+        generated kinds, tested on other numbers; out of distribution: four other kinds), "two_digits" (8
+        perspectives, four generated kinds with whole numbers up to 100, tested on others; SVAMP) or "ages" (8
+        perspectives, one generated kind with whole numbers up to 50, tested on others; with numbers up to 100).
     folder: holds svamp_train_k3.jsonl, svamp_test.jsonl, gsm8k_k2.jsonl and gsm8k_eval.jsonl.
 
     Raises: ValueError for a missing file, or too few questions that fit.
@@ -84,9 +86,9 @@ def load_splits(options: argparse.Namespace) -> Splits:
         rows = generate_records(num_drawn, seed=0, split=split, families=kinds)
         return load_records([row for row in rows if row["difficulty"] <= MAX_DIFFICULTY])
 
-    def small(split: str, num_drawn: int) -> list[Record]:
-        rows = generate_records(num_drawn, seed=0, split=split, families=TWO_DIGIT_KINDS)
-        return load_records([row for row in rows if _largest_number(row) <= MAX_NUMBER and row["answer"].isdecimal()])
+    def numbers(kinds: Sequence[type[Problem]], split: str, num_drawn: int, largest: range) -> list[Record]:
+        rows = generate_records(num_drawn, seed=0, split=split, families=kinds)
+        return load_records([row for row in rows if _largest_number(row) in largest and row["answer"].isdecimal()])
 
     if options.data == "problems":
         known, test = easy(FAMILIES, "train", 3200), load_records(generate_records(num_test, seed=0, split="heldout"))
@@ -95,7 +97,13 @@ def load_splits(options: argparse.Namespace) -> Splits:
         known, test = easy(FOUR_KINDS, "train", 3200), easy(FOUR_KINDS, "heldout", 800)
         ood = easy(UNSEEN_KINDS, "heldout", 800)
     elif options.data == "two_digits":
-        known, test, ood = small("train", 3200), small("heldout", 800), read("svamp_test.jsonl")
+        up_to_100 = range(MAX_NUMBER + 1)
+        known, test = (numbers(TWO_DIGIT_KINDS, *split, up_to_100) for split in (("train", 3200), ("heldout", 800)))
+        ood = read("svamp_test.jsonl")
+    elif options.data == "ages":
+        up_to_50, beyond = range(MAX_AGES_NUMBER + 1), range(MAX_AGES_NUMBER + 1, MAX_NUMBER + 1)
+        known, test = numbers((Ages,), "train", 6000, up_to_50), numbers((Ages,), "heldout", 1500, up_to_50)
+        ood = numbers((Ages,), "heldout", 1500, beyond)
     elif options.data == "svamp":
         known, test, ood = read("svamp_train_k3.jsonl", True), read("svamp_test.jsonl"), read("gsm8k_eval.jsonl")
     else:
