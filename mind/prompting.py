@@ -171,8 +171,10 @@ _NUMBER = re.compile(
     (?:\s*/\s*(?P<denominator>{_DIGITS}))?
     (?:\s*(?P<scale>{"|".join(_SCALES)})s?\b)?
     (?:\s*(?:(?P<percent>%|percent\b)|[$€£¥₹¢]))?
-    # A unit: words, with ^2 or ^{-1}. One letter, pi or sqrt may be algebra: left to math-verify.
-    (?:(?:\s+|(?=[^\W\d_]{{2}}|°))(?!(?:[a-z]|pi|sqrt)\b)[^\W\d_°](?:[^\d\\=+*<>^]|\^\{{?-?[1-4]\}}?)*|\s*°[cf]?)?""",
+    # A unit: words, with ^2 or ^{-1}. What may be algebra is left to math-verify: one letter, xy, pi or sqrt; without
+    # a space before it ab, too.
+    (?:(?:\s+|(?=[^\W\d_]{{2}}|°)(?!(?-i:(?!cc)[abcxyz]+)\b))(?!(?:[a-z]|[xyz]+|pi|sqrt)\b)
+    [^\W\d_°](?:[^\d\\=+*<>^]|\^\{{?-?[1-4]\}}?)*|\s*°[cf]?)?""",
     re.VERBOSE | re.IGNORECASE,
 )
 _RELATION = re.compile("[=<>]")

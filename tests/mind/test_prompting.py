@@ -235,6 +235,11 @@ SAME = [
     ("42 apples", "42"),
     ("5 km/h", "5"),
     ("5 m", "5"),
+    ("5km", "5"),
+    ("5cc", "5"),
+    ("500 BC", "500"),
+    ("5yx", "5xy"),
+    ("2b^2a", "2ab^2"),
     ("12 cm^2", "12 square centimetres"),
     ("90°", "90"),
     ("3/4", "0.75"),
@@ -326,6 +331,12 @@ DIFFERENT = [
     ("12 apples and 8 pears", "8"),
     ("2 pi", "2"),
     ("2x", "2"),
+    ("5xy", "5"),
+    ("5", "5xy"),
+    ("5 xy", "5"),
+    ("3xy", "3yz"),
+    ("2ab", "2ab^2"),
+    ("2", "2ab^2"),
     ("7:45", "7:30"),
     ("7:30 am", "7:30 pm"),
     ("7", "7:30"),
@@ -417,6 +428,8 @@ def test_an_answer_that_is_a_number(answer: str) -> None:
     assert is_number(answer)
 
 
-@pytest.mark.parametrize("answer", ["brown", "yes", "(B)", "Tuesday", "12:30", "x + 1", "x = 3, y = 5", "", "7" * 5000])
+@pytest.mark.parametrize(
+    "answer", ["brown", "yes", "(B)", "Tuesday", "12:30", "x + 1", "x = 3, y = 5", "5xy", "", "7" * 5000]
+)
 def test_an_answer_that_is_none(answer: str) -> None:
     assert not is_number(answer)
