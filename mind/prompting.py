@@ -177,6 +177,47 @@ _NUMBER = re.compile(
     [^\W\d_°](?:[^\d\\=+*<>^]|\^\{{?-?[1-4]\}}?)*|\s*°[cf]?)?""",
     re.VERBOSE | re.IGNORECASE,
 )
+# The names of one unit a line, in the singular; m may be any of three.
+_UNITS = tuple(
+    frozenset(names.split())
+    for names in (
+        "mm millimeter millimetre",
+        "cm centimeter centimetre",
+        "m meter metre",
+        "km kilometer kilometre",
+        "in inch inches",
+        "ft foot feet",
+        "yd yard",
+        "m mi mile",
+        "mg milligram",
+        "g gram",
+        "kg kilogram",
+        "oz ounce",
+        "lb pound",
+        "ml milliliter millilitre",
+        "l liter litre",
+        "s sec second",
+        "m min minute",
+        "h hr hour",
+        "day",
+        "week",
+        "month",
+        "yr year",
+        "°c",
+        "°f",
+        "$ dollar",
+        "€ euro",
+        "£ pound",
+        "¥ yen",
+        "₹ rupee",
+        "¢ cent",
+    )
+)
+_WITH_UNIT = re.compile(
+    r"""(?:.*=)?\s*(?:[-+]?\s*([$€£¥₹])\s*[-+]?[\d.][^$]*
+    | [-+\d.,/\s]*\d\s*(?:\\(?:text|mathrm)\{\s*)?([^\W\d_]+|°\s*[cf]|[$€£¥₹¢])\}?)""",
+    re.VERBOSE | re.IGNORECASE | re.DOTALL,
+)
 _RELATION = re.compile("[=<>]")
 _LIST = re.compile(r"[;\n]|,(?!\d{3}(?!\d))|\\\\|\b(?:and|or)\b", re.IGNORECASE)  # the comma of 1,000 makes none
 _BRACKETS = re.compile(r"\([^()]*\)")
@@ -205,9 +246,11 @@ def answers_match(given: str | None, wanted: str) -> bool:
     In this order: the same words (case, spacing, final punctuation and a leading article aside); option letters
     ("(B)", "B.", "B) 12 cm"); yes/no and true/false by the first word; clock times and ratios part by part; numbers
     (thousands commas, decimals, fractions, mixed numbers, percentages, currency signs; what follows the last "="),
-    whose unit is not compared and where 75 % matches both 75 and 0.75, 5 million both 5,000,000 and 5; the rest, LaTeX,
-    algebra and several statements ("x = 3, y = 5"), by math-verify. Fractions, powers and roots may be Unicode's: ½,
-    x², √2.
+    where 75 % matches both 75 and 0.75, 5 million both 5,000,000 and 5; the rest, LaTeX, algebra and several
+    statements ("x = 3, y = 5"), by math-verify. Fractions, powers and roots may be Unicode's: ½, x², √2.
+
+    A unit may be missing ("5 km" matches "5") and is never converted; two units differ where both are among _UNITS, by
+    whatever name: "5 km" does not match "5 m".
 
     A list without brackets is a set, as the solutions of an equation are: "1, -2" matches "-2, 1". Where the order
     counts, write the wanted one in parentheses: "(1, 2, 3)" matches "1, 2, 3", but not "3, 2, 1".
@@ -234,6 +277,9 @@ def answers_match(given: str | None, wanted: str) -> bool:
     given_colon, wanted_colon = _COLON.fullmatch(given), _COLON.fullmatch(wanted)
     if given_colon and wanted_colon:
         return _same_colon(given_colon, wanted_colon)
+    given_units, wanted_units = _units(given), _units(wanted)
+    if given_units and wanted_units and not given_units & wanted_units:
+        return False
     given_value, wanted_value = _number(given), _number(wanted)
     if given_value and wanted_value:
         return _same_number(given_value, wanted_value)
@@ -306,6 +352,15 @@ def _number(text: str) -> tuple[Fraction, bool, int] | None:
     value += int(match["whole"] or 0)
     scale = _SCALES[match["scale"].lower()] if match["scale"] else 1
     return (-value if match["sign"] == "-" else value), match["percent"] is not None, scale
+
+
+def _units(text: str) -> set[int]:
+    """Rows of _UNITS that the unit of a number may be; none without a unit that is in them."""
+    match = _WITH_UNIT.fullmatch(text)
+    if match is None:
+        return set()
+    name = "".join((match[1] or match[2]).casefold().split())
+    return {row for row, names in enumerate(_UNITS) if name in names or name.removesuffix("s") in names}
 
 
 def _same_number(given: tuple[Fraction, bool, int], wanted: tuple[Fraction, bool, int]) -> bool:
