@@ -229,6 +229,7 @@ _FRAME = re.compile(
 _EMPHASIS = re.compile(r"(?<![^\s(])(\*{1,3}|`)(?=[^\s*`])(.{1,256}?)(?<=[^\s*`])\1(?![\w(*`])")
 _OPTION = re.compile(r"(?:(?:option|choice)\s+)?(?:\(([A-Z])\)|\[([A-Z])\]|([A-Z])[).:])(?:\s.*)?", re.DOTALL)
 _OPTION_ALONE = re.compile(r"(?:(?:option|choice)\s+)?[(\[]?([A-Z])[)\]]?[.:]?", re.IGNORECASE)
+_INITIAL = re.compile(r"[A-Z]\.\s*(.+)", re.DOTALL)  # of a name, or an option's letter
 _COLON = re.compile(r"(\d+(?:\s*:\s*\d+)+)\s*([ap]\.?\s?m\.?)?", re.IGNORECASE)
 _EDGES = re.compile(r"""^(?:["'“”‘’,;:!?\s]|\.(?!\d))+|["'“”‘’.,;:!?\s]+$""")  # but for the period of .5
 _VULGAR_FRACTION = re.compile("[¼-¾⅐-⅞]")
@@ -244,10 +245,11 @@ def answers_match(given: str | None, wanted: str) -> bool:
     """Whether two answers have the same value. Any text is allowed; an answer that cannot be read matches nothing.
 
     In this order: the same words (case, spacing, final punctuation and a leading article aside); option letters
-    ("(B)", "B.", "B) 12 cm"); yes/no and true/false by the first word; clock times and ratios part by part; numbers
-    (thousands commas, decimals, fractions, mixed numbers, percentages, currency signs; what follows the last "="),
-    where 75 % matches both 75 and 0.75, 5 million both 5,000,000 and 5; the rest, LaTeX, algebra and several
-    statements ("x = 3, y = 5"), by math-verify. Fractions, powers and roots may be Unicode's: ½, x², √2.
+    ("(B)", "B.", "B) 12 cm", but not two names, "E. coli" and "E. faecalis"); yes/no and true/false by the first word;
+    clock times and ratios part by part; numbers (thousands commas, decimals, fractions, mixed numbers, percentages,
+    currency signs; what follows the last "="), where 75 % matches both 75 and 0.75, 5 million both 5,000,000 and 5; the
+    rest, LaTeX, algebra and several statements ("x = 3, y = 5"), by math-verify. Fractions, powers and roots may be
+    Unicode's: ½, x², √2.
 
     A unit may be missing ("5 km" matches "5") and is never converted; two units differ where both are among _UNITS, by
     whatever name: "5 km" does not match "5 m".
@@ -270,7 +272,7 @@ def answers_match(given: str | None, wanted: str) -> bool:
         return False
     given_option, wanted_option = _option(given), _option(wanted)
     if given_option and wanted_option:
-        return given_option == wanted_option
+        return given_option == wanted_option and not _other_names(given, wanted)
     if _words(wanted) in _TRUTH:
         first_word = re.split(r"\W", _words(given), maxsplit=1)[0]
         return _TRUTH.get(first_word) == _TRUTH[_words(wanted)]
@@ -327,6 +329,15 @@ def _option(text: str) -> str | None:
     """The letter of a multiple-choice answer, upper case."""
     match = _OPTION_ALONE.fullmatch(text) or _OPTION.fullmatch(text)
     return next(group for group in match.groups() if group).upper() if match else None
+
+
+def _other_names(given: str, wanted: str) -> bool:
+    """Whether both are a letter, a period and words of which they share none: no option is meant then."""
+    names = [match[1] for match in map(_INITIAL.fullmatch, (given, wanted)) if match]
+    if len(names) < 2 or answers_match(*names):
+        return False
+    words, others = (set(re.findall(r"\w+", name.casefold())) for name in names)
+    return words.isdisjoint(others)
 
 
 def _same_colon(given: re.Match[str], wanted: re.Match[str]) -> bool:
