@@ -111,8 +111,8 @@ class GenerateConfig:
     judge: str | None = field(
         default=None,
         metadata={
-            "help": "Model that compares free-text answers which differ in words; a served one is tried before the "
-            "teacher is asked. Default: none, they are wrong."
+            "help": "Model that compares free-text answers which differ in words; tried before the teacher is asked. "
+            "Default: none, they are wrong."
         },
     )
     judge_base_url: str | None = field(
@@ -125,7 +125,8 @@ class GenerateConfig:
     difficulty_student: str | None = field(
         default=None,
         metadata={
-            "help": "Local model whose failures at the same prompts tell a question's difficulty. Default: the teacher."
+            "help": "Local model whose failures at the same prompts tell a question's difficulty; tried before the "
+            "teacher is asked. Default: the teacher."
         },
     )
     easy_difficulty: float = field(
@@ -240,7 +241,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     teacher, judge_model, student = _models(config)
     with Ledger(files.ledger) as ledger:
         work = _Work(config, records, prompts, ledger, judge_model)
-        work.try_judge([teacher] if student is None else [teacher, student])
+        work.try_models(teacher, student)
         verdicts = work.verdicts(teacher)
         by_whom = verdicts if student is None else work.verdicts(student)
         difficulties = {
@@ -309,7 +310,7 @@ class Files:
         return files
 
 
-def _models(config: GenerateConfig) -> tuple[Teacher, Teacher | None, Teacher | None]:
+def _models(config: GenerateConfig) -> tuple[Teacher, Teacher | None, LocalTeacher | None]:
     """(teacher, model judge, difficulty student); none is loaded or reached yet.
 
     Raises: GenerateError naming the setting; of the two that answer after the teacher, when they are local, also when
@@ -320,7 +321,7 @@ def _models(config: GenerateConfig) -> tuple[Teacher, Teacher | None, Teacher | 
         assert config.student is not None
         tokens = StudentTokens(config.student, _load_tokenizer("student", config.student))
     sampling = Sampling(config.max_tokens, config.temperature, config.top_logprobs, tokens)
-    local = {"batch_size": config.concurrency, "seed": config.seed}
+    local: dict[str, Any] = {"batch_size": config.concurrency, "seed": config.seed}
     key = None
     served = {name: getattr(config, name) for name in ("concurrency", "timeout", "max_tries", "retry_wait")}
     if config.base_url is not None:
@@ -339,10 +340,11 @@ def _models(config: GenerateConfig) -> tuple[Teacher, Teacher | None, Teacher | 
             key = None
         judge_model = ServerTeacher(config.judge, judge_url, key, brief, **served, role="judge")
     elif config.judge is not None:
-        judge_model = LocalTeacher(config.judge, brief, **local)
+        judge_model = LocalTeacher(config.judge, brief, **local, role="judge")
     student = None
     if config.difficulty_student is not None:
-        student = LocalTeacher(config.difficulty_student, Sampling(config.max_tokens, config.temperature), **local)
+        plain = Sampling(config.max_tokens, config.temperature)
+        student = LocalTeacher(config.difficulty_student, plain, **local, role="difficulty_student")
     for setting, local_model in (("judge", judge_model), ("difficulty_student", student)):
         # Now, not when the teacher has answered everything.
         if isinstance(local_model, LocalTeacher) and not _load_tokenizer(setting, local_model.model).chat_template:
@@ -402,19 +404,32 @@ class _Work:
         }
         return verdicts if self.judge_model is None else verdicts | self._judge_free_text(self.judge_model, verdicts)
 
-    def try_judge(self, models: Iterable[Teacher]) -> None:
-        """Has a served judge compare one right answer with itself while others have still to answer and be paid for.
+    def try_models(self, teacher: Teacher, student: LocalTeacher | None) -> None:
+        """Tries the models that answer after others while these have still to answer and be paid for.
 
-        Raises: GenerateError when there is no such server or model, or it does not take the key or the settings.
+        A local one is loaded and shown prompts that it will be given: the difficulty student all of them, the judge
+        one. A served judge compares one right answer with itself. Where no answer is free text there is nothing for a
+        judge to do.
+
+        Raises: ValueError when a local one cannot be loaded or used; GenerateError when there is no such server or
+            model, or it does not take the key or the settings.
         """
+        open_to_teacher, _ = self._open(self.requests(teacher).values())
+        open_to_student: list[Request] = []
+        if student is not None:
+            open_to_student, done = self._open(self.requests(student).values())
+            if open_to_teacher and open_to_student:
+                student.try_loading(open_to_student, proven=done > 0)
         record = next((record for record in self.records if is_free_text(record.answer)), None)
-        if record is None or not isinstance(self.judge_model, ServerTeacher):
+        if record is None or self.judge_model is None:
             return
         trial = self._judge_request(self.judge_model, record, record.answer, "judge")
-        requests = (request for model in models for request in self.requests(model).values())
-        if any(request.key not in self.ledger.answers for request in requests):
+        waiting = bool(open_to_teacher or open_to_student)
+        if waiting and isinstance(self.judge_model, LocalTeacher):
+            self.judge_model.try_loading([trial], proven=False)
+        elif waiting:
             self._ask(self.judge_model, [trial], "verdict")
-        self._judge_answers = trial.key in self.ledger.answers
+        self._judge_answers = isinstance(self.judge_model, LocalTeacher) or trial.key in self.ledger.answers
 
     def _judge_request(self, model: Teacher, record: Record, given: str, perspective: str) -> Request:
         prompt = JUDGE_PROMPT.read_text(encoding="utf-8").strip()
@@ -437,14 +452,22 @@ class _Work:
             opinions[pair] = replace(verdicts[pair], reason={True: None, False: WRONG, None: UNDECIDED}[says])
         return opinions
 
-    def _ask(self, model: Teacher, requests: Iterable[Request], unit: str, proven: bool = False) -> None:
+    def _open(self, requests: Iterable[Request]) -> tuple[list[Request], int]:
+        """(those that are not answered yet, how many are)."""
         wanted = {request.key: request for request in requests}  # the same prompt twice is one request
         pending = [request for key, request in wanted.items() if key not in self.ledger.answers]
+        return pending, len(wanted) - len(pending)
+
+    def _ask(self, model: Teacher, requests: Iterable[Request], unit: str, proven: bool = False) -> None:
+        pending, done = self._open(requests)
         if not pending:
             return
-        done = len(wanted) - len(pending)
         with tqdm(
-            total=len(wanted), initial=done, desc=f"asking {model.model}", unit=unit, disable=self.config.disable_tqdm
+            total=done + len(pending),
+            initial=done,
+            desc=f"asking {model.model}",
+            unit=unit,
+            disable=self.config.disable_tqdm,
         ) as bar:
             model.answer_all(pending, _Desk(self, model.model, bar), proven=proven or done > 0)
 

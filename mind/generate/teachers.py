@@ -302,53 +302,86 @@ class LocalTeacher:
 
     batch_size: prompts answered together; of similar length, the longest first. A kill loses one batch at most.
     seed: of the sampling at a temperature above 0.
+    role: the setting that names the model, as errors call it.
     """
 
     model: str
     sampling: Sampling
     batch_size: int = 16
     seed: int = 0
+    role: str = "teacher"
 
     @property
     def identity(self) -> dict[str, Any]:
         seed = {"seed": self.seed} if self.sampling.temperature > 0 else {}
         return {**self.sampling.identity(self.model), **seed}
 
+    def try_loading(self, requests: Sequence[Request], proven: bool) -> None:
+        """Raises what `answer_all` would before the first answer. Nothing stays loaded."""
+        model, tokenizer = self._load()
+        self._encode(model, tokenizer, requests, proven)
+
     def answer_all(self, requests: Sequence[Request], sink: Sink, proven: bool) -> None:
-        """Raises: GenerateError when the model has no chat template, or another tokenizer than the student."""
+        """Raises: ValueError when the model cannot be loaded; GenerateError when it has no chat template, or another
+        tokenizer than the student, or when not proven and a prompt is too long.
+        """
         import torch
 
-        from mind.students import load_student
-
-        on_gpu = torch.cuda.is_available()
-        model, tokenizer = load_student(self.model, dtype=torch.bfloat16 if on_gpu else torch.float32, role="model")
-        if not tokenizer.chat_template:
-            raise GenerateError(f"model {self.model!r}: its tokenizer has no chat template, want an instruct model")
-        if self.sampling.top_logprobs and self.sampling.student is not None:
-            self.sampling.student.check_vocabulary(self.model, tokenizer)
-        wanted, tokens = self.sampling.top_logprobs, model.get_output_embeddings().weight.shape[0]
-        if wanted > tokens:
-            raise GenerateError(f"top_logprobs: given {wanted}, want at most {tokens}, the tokens of {self.model!r}")
-        model = torch.nn.Module.to(model, "cuda" if on_gpu else "cpu").eval()
+        model, tokenizer = self._load()
+        prompts, refused = self._encode(model, tokenizer, requests, proven)
+        for request, answer in refused:
+            sink.answered(request, answer)
+        model = torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu").eval()
         self._configure(model, tokenizer)
         torch.manual_seed(self.seed)
-        prompts = []
-        for request in requests:
-            text = chat_text(tokenizer, [{"role": "user", "content": request.prompt}], add_generation_prompt=True)
-            ids = tokenizer(text, add_special_tokens=False).input_ids
-            room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-            if len(ids) + self.sampling.max_tokens > room:
-                reason = f"{len(ids)} tokens of prompt and max_tokens exceed the model's {room} positions"
-                if not proven:
-                    raise GenerateError(f"teacher {self.model!r}: question {request.id!r}: {reason}")
-                sink.answered(request, Answer("", finish_reason="refused", refusal=reason))
-            else:
-                prompts.append((request, ids))
         prompts.sort(key=lambda pair: -len(pair[1]))
         for start in range(0, len(prompts), self.batch_size):
             batch = prompts[start : start + self.batch_size]
             for (request, _), answer in zip(batch, self._answer(model, tokenizer, batch), strict=True):
                 sink.answered(request, answer)
+
+    def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        import torch
+
+        from mind.students import load_student
+
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        model, tokenizer = load_student(self.model, dtype=dtype, role=self.role)
+        if not tokenizer.chat_template:
+            raise GenerateError(
+                f"{self.role} {self.model!r}: its tokenizer has no chat template, want an instruct model"
+            )
+        if self.sampling.top_logprobs and self.sampling.student is not None:
+            self.sampling.student.check_vocabulary(self.model, tokenizer)
+        wanted, tokens = self.sampling.top_logprobs, model.get_output_embeddings().weight.shape[0]
+        if wanted > tokens:
+            raise GenerateError(f"top_logprobs: given {wanted}, want at most {tokens}, the tokens of {self.model!r}")
+        return model, tokenizer
+
+    def _encode(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        requests: Sequence[Request],
+        proven: bool,
+    ) -> tuple[list[tuple[Request, list[int]]], list[tuple[Request, Answer]]]:
+        """(prompts in token ids, refusals of those that are too long)."""
+        room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+        prompts, refused = [], []
+        for request in requests:
+            text = chat_text(tokenizer, [{"role": "user", "content": request.prompt}], add_generation_prompt=True)
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            if len(ids) + self.sampling.max_tokens > room:
+                reason = (
+                    f"{len(ids)} tokens of prompt and max_tokens={self.sampling.max_tokens} exceed the model's {room} "
+                    "positions"
+                )
+                if not proven:
+                    raise GenerateError(f"{self.role} {self.model!r}: question {request.id!r}: {reason}")
+                refused.append((request, Answer("", finish_reason="refused", refusal=reason)))
+            else:
+                prompts.append((request, ids))
+        return prompts, refused
 
     def _configure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """The sampling's settings alone, and every token that ends a turn."""

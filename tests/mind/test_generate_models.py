@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
 
 from mind.cli import main
 from mind.data import load_records
@@ -31,6 +31,7 @@ from mind.students import dense_student
 from .generating import command, generate, refused, write
 from .loopback import Reply, completion, forward, loopback, refusal
 from .test_trainer import one_thread  # noqa: F401
+from .tiny import tiny_student
 from .tiny_teacher import SENTENCE, tiny_teacher, write_prompts
 
 TEXT = SENTENCE.partition("\n")[0]
@@ -341,3 +342,29 @@ def test_models_that_answer_last_are_looked_for_first(
     line = refused(tmp_path, capsys, None, teacher=tiny, judge="no/such")
     assert line.startswith("judge: the tokenizer of 'no/such' cannot be loaded (")
     assert not (tmp_path / "out.ledger.jsonl").exists()
+
+
+def test_models_that_answer_last_are_loaded_first(
+    tiny: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What their tokenizers do not tell: weights, and room for the prompts."""
+    write(folder / "questions.jsonl", [{"id": "q", "question": "Who sings?", "answer": "the Beatles"}])
+    for name in ("no_weights", "small"):
+        AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / name)
+    AutoConfig.from_pretrained(tiny).save_pretrained(tmp_path / "no_weights")
+    tiny_student(max_position_embeddings=64).save_pretrained(tmp_path / "small")
+    given: dict[str, Any] = {"prompts": folder / "mine", "max_tokens": 20}
+    with loopback(lambda body, number: completion("So.\nThe answer is Fab Four.")) as server:
+        for role in ("judge", "difficulty_student"):
+            url, teacher = ("", tiny) if role == "judge" else (server.url, "m")
+            for name, message in (
+                ("no_weights", " cannot be loaded: want smollm2-135m or gemma3-270m, a Hugging Face causal LM folder"),
+                ("small", ": question 'q': "),
+            ):
+                changes = given | {"base_url": url or None, "teacher": teacher, role: tmp_path / name}
+                capsys.readouterr()
+                assert main(command(folder, url, **changes)) == 2
+                (line,) = (line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line)
+                assert line.startswith(f"mind: error: {role} '{tmp_path}/{name}'{message}")
+        assert server.bodies == []
+    assert not (folder / "out.ledger.jsonl").exists()
