@@ -319,7 +319,7 @@ class LocalTeacher:
     def try_loading(self, requests: Sequence[Request], proven: bool) -> None:
         """Raises what `answer_all` would before the first answer. Nothing stays loaded."""
         model, tokenizer = self._load()
-        self._encode(model, tokenizer, requests, proven)
+        self._encode(tokenizer, _positions(model), requests, proven)
 
     def answer_all(self, requests: Sequence[Request], sink: Sink, proven: bool) -> None:
         """Raises: ValueError when the model cannot be loaded; GenerateError when it has no chat template, or another
@@ -328,7 +328,7 @@ class LocalTeacher:
         import torch
 
         model, tokenizer = self._load()
-        prompts, refused = self._encode(model, tokenizer, requests, proven)
+        prompts, refused = self._encode(tokenizer, _positions(model), requests, proven)
         for request, answer in refused:
             sink.answered(request, answer)
         model = torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -347,10 +347,6 @@ class LocalTeacher:
 
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         model, tokenizer = load_student(self.model, dtype=dtype, role=self.role)
-        if not tokenizer.chat_template:
-            raise GenerateError(
-                f"{self.role} {self.model!r}: its tokenizer has no chat template, want an instruct model"
-            )
         if self.sampling.top_logprobs and self.sampling.student is not None:
             self.sampling.student.check_vocabulary(self.model, tokenizer)
         wanted, tokens = self.sampling.top_logprobs, model.get_output_embeddings().weight.shape[0]
@@ -359,14 +355,13 @@ class LocalTeacher:
         return model, tokenizer
 
     def _encode(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        requests: Sequence[Request],
-        proven: bool,
+        self, tokenizer: PreTrainedTokenizerBase, room: float, requests: Sequence[Request], proven: bool
     ) -> tuple[list[tuple[Request, list[int]]], list[tuple[Request, Answer]]]:
-        """(prompts in token ids, refusals of those that are too long)."""
-        room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+        """(prompts in token ids, refusals of those that are too long). room: tokens of a prompt and its answer."""
+        if not tokenizer.chat_template:
+            raise GenerateError(
+                f"{self.role} {self.model!r}: its tokenizer has no chat template, want an instruct model"
+            )
         prompts, refused = [], []
         for request in requests:
             text = chat_text(tokenizer, [{"role": "user", "content": request.prompt}], add_generation_prompt=True)
@@ -430,15 +425,21 @@ class LocalTeacher:
         return topk_of(zip(ids, pairs, strict=True), self.sampling.top_logprobs)
 
 
+def _positions(model: PreTrainedModel) -> float:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+
+
 @dataclass(frozen=True)
 class VLLMTeacher(LocalTeacher):
-    """vLLM's offline engine with its own defaults, where vLLM is installed. Not run by this project's tests.
+    """vLLM's offline engine with its own defaults, where vLLM is installed. This project's tests run a stand-in alone.
 
     batch_size: prompts handed to the engine together, which schedules them itself.
     """
 
     def answer_all(self, requests: Sequence[Request], sink: Sink, proven: bool) -> None:
-        """Raises: GenerateError when vLLM is not installed or its tokenizer is not the student's."""
+        """Raises: GenerateError when vLLM is not installed, has no chat template, or another tokenizer than the
+        student, or when not proven and a prompt is too long.
+        """
         try:
             from vllm import LLM, SamplingParams
         except ImportError as error:
@@ -448,10 +449,14 @@ class VLLMTeacher(LocalTeacher):
         engine, k = LLM(model=self.model, seed=self.seed), self.sampling.top_logprobs
         if k and self.sampling.student is not None:
             self.sampling.student.check_vocabulary(self.model, engine.get_tokenizer())
+        room = engine.llm_engine.model_config.max_model_len
+        prompts, refused = self._encode(engine.get_tokenizer(), room, requests, proven)
+        for request, answer in refused:
+            sink.answered(request, answer)
         settings = {"max_tokens": self.sampling.max_tokens, "temperature": self.sampling.temperature}
         parameters = SamplingParams(**settings, logprobs=k or None)
-        for start in range(0, len(requests), self.batch_size):
-            batch = requests[start : start + self.batch_size]
+        for start in range(0, len(prompts), self.batch_size):
+            batch = [request for request, _ in prompts[start : start + self.batch_size]]
             turns = [[{"role": "user", "content": request.prompt}] for request in batch]
             for request, output in zip(batch, engine.chat(turns, parameters, use_tqdm=False), strict=True):
                 best = output.outputs[0]

@@ -15,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3
 
 from mind.cli import main
 from mind.data import load_records
+from mind.generate import GenerateError
 from mind.generate.ledger import Answer, Request
-from mind.generate.teachers import LocalTeacher, Sampling
+from mind.generate.teachers import LocalTeacher, Sampling, VLLMTeacher
 from mind.generate.topk import StudentTokens
 from mind.students import dense_student
 
@@ -258,6 +260,54 @@ def test_local_answers_do_not_depend_on_the_batch(tiny: Path) -> None:
     assert together[2].refusal is not None and "exceed the model's 1024 positions" in together[2].refusal
     cut = ask_locally(tiny, Sampling(max_tokens=3), texts[:1])[0]
     assert (cut.text, cut.finish_reason, cut.completion_tokens) == ("Two", "length", 3)
+
+
+def test_vllm_is_given_what_fits_its_context(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for it, which as vLLM itself ends with an error at a prompt that is longer than its context."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    asked: list[list[str]] = []
+
+    class LLM:
+        def __init__(self, model: str, seed: int) -> None:
+            self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=100))
+
+        def get_tokenizer(self) -> Any:
+            return tokenizer
+
+        def chat(self, turns: list[list[dict[str, str]]], parameters: Any, use_tqdm: bool) -> list[Any]:
+            outputs = []
+            for turn in turns:
+                ids = tokenizer(
+                    tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+                ).input_ids
+                if len(ids) > 100:
+                    raise ValueError("The decoder prompt is longer than the maximum model length of 100.")
+                best = SimpleNamespace(text="Yes", token_ids=[1, 2, 3, 256], finish_reason="stop")
+                outputs.append(SimpleNamespace(prompt_token_ids=ids, outputs=[best]))
+            asked.append([turn[0]["content"] for turn in turns])
+            return outputs
+
+    vllm = ModuleType("vllm")
+    vllm.LLM, vllm.SamplingParams = LLM, SimpleNamespace  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    requests = [Request(str(i), str(i), "p", text) for i, text in enumerate(["a", "b" * 70, "c", "d" * 200, "e"])]
+    teacher, sink = VLLMTeacher(str(tiny), Sampling(max_tokens=20), batch_size=2), Received()
+    teacher.answer_all(requests, sink, proven=True)
+    assert asked == [["a", "c"], ["e"]]
+    prompt = len(tokenizer("user: aassistant: ").input_ids)
+    assert sink.answers["0"] == Answer("Yes", "stop", prompt, 4)
+    for name, length in (("1", prompt + 69), ("3", prompt + 199)):
+        reason = f"{length} tokens of prompt and max_tokens=20 exceed the model's 100 positions"
+        assert sink.answers[name] == Answer("", "refused", refusal=reason)
+    with pytest.raises(
+        GenerateError, match=rf"^teacher '{tiny}': question '1': {prompt + 69} tokens of prompt and max"
+    ):
+        teacher.answer_all(requests, sink, proven=False)
+    tokenizer.chat_template = None
+    with pytest.raises(
+        GenerateError, match=rf"^teacher '{tiny}': its tokenizer has no chat template, want an instruct"
+    ):
+        teacher.answer_all(requests, sink, proven=True)
 
 
 def test_positions_of_a_model_that_sees_pictures(tiny: Path, tmp_path: Path) -> None:
