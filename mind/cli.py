@@ -110,6 +110,12 @@ class RunArguments:
             raise ValueError(f"max_difficulty: given {self.max_difficulty}, want a number in (0, 1]")
         if self.teacher is not None and self.teacher_topk is not None:
             raise ValueError("teacher_topk: given beside teacher, want one of the two")
+        if self.attn_implementation is not None and self.attn_implementation.startswith("mind_"):
+            # What mind.prompt_attention calls its own, of which it chooses.
+            raise ValueError(
+                f"attn_implementation: given {self.attn_implementation!r}, want eager, sdpa, flash_attention_2 or "
+                "another of transformers'"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -155,6 +155,10 @@ def test_a_file_that_cannot_be_used(text: str, message: str, tmp_path: Path) -> 
         (["stray"], "unrecognized arguments: stray"),
         (["--config", "no/such.yaml"], "--config: no/such.yaml cannot be read: "),
         (["--num-questions", "0"], "num_questions: given 0, want at least 1"),
+        (
+            ["--attn_implementation", "mind_sdpa"],  # a name of this project's own
+            "attn_implementation: given 'mind_sdpa', want eager, sdpa, flash_attention_2 or another of transformers'",
+        ),
         (["--beta", "2"], "beta: given 2.0, want a number in [0, 1]"),
     ],
 )
