@@ -972,6 +972,27 @@ def test_a_base_that_is_not_all_attention_is_refused(config: transformers.Pretra
         attachment.check_shared_prompts()
 
 
+def test_a_base_with_a_state_is_refused() -> None:
+    """One that says so of itself, however its layers are called and its attention is chosen."""
+    attachment = attach_mind_loss(build("llama"))
+    attachment.check_shared_prompts()
+    attachment.base._is_stateful = True
+    with pytest.raises(ValueError, match=r"^shared_prompts: tokens of LlamaModel see others by more than an attention"):
+        attachment.check_shared_prompts()
+
+
+def test_attention_sinks_with_flash_attention_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    flash_attn = types.ModuleType("flash_attn")
+    flash_attn.flash_attn_varlen_func = varlen_attention  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn)
+    sizes = _SIZES | {"num_local_experts": 2, "num_experts_per_tok": 1}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.GptOssConfig(**sizes))
+    attachment = attach_mind_loss(model)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"^shared_prompts: GptOssAttention has attention sinks, which flash_attentio"):
+        attachment.read({}, shared_prompts(*questions()))
+
+
 def test_an_attention_that_cannot_share_prompts_is_refused() -> None:
     attachment = attach_mind_loss(build("llama"))
     attachment.base.config._attn_implementation = "flex_attention"
