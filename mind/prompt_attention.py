@@ -45,8 +45,8 @@ _PREFIX = "mind_"
 def prompt_attention(base: Any) -> Iterator[None]:
     """Have the base model take `shared_prompts` for its attention.
 
-    Where gradients are recorded it stays so until `use_own_attention`: a checkpointed layer attends once more in the
-    backward pass.
+    Where gradients are recorded and nothing is raised it stays so until `use_own_attention`: a checkpointed layer
+    attends once more in the backward pass.
 
     Raises: ValueError when attention is not all through which a token of the base model sees others, or when its
         attention is not one of OWN.
@@ -68,10 +68,12 @@ def prompt_attention(base: Any) -> Iterator[None]:
         )
     before = base.config._attn_implementation
     base.config._attn_implementation = _PREFIX + own
+    stays = False
     try:
         yield
+        stays = torch.is_grad_enabled()
     finally:
-        if not torch.is_grad_enabled():
+        if not stays:
             base.config._attn_implementation = before
 
 
@@ -124,7 +126,12 @@ def _attend(
 ) -> tuple[Tensor, Any]:
     """(1, N, heads, d) and what else the model's own attention returns."""
     if own == "eager":
-        attend = sys.modules[type(module).__module__].eager_attention_forward
+        attend = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        if attend is None:
+            raise ValueError(
+                f"shared_prompts: the module of {type(module).__name__}, {type(module).__module__}, has no "
+                "eager_attention_forward, wanted one or an attention other than eager: read the prompts unshared"
+            )
     else:
         attend = AttentionInterface()[own]
     flash = own == "flash_attention_2"

@@ -1000,6 +1000,26 @@ def test_an_attention_that_cannot_share_prompts_is_refused() -> None:
         attachment.read({}, shared_prompts(*questions()))
 
 
+class ForeignAttention(transformers.models.llama.modeling_llama.LlamaAttention):
+    """Of a module without the function that is a model's eager attention."""
+
+
+def test_an_eager_attention_that_is_not_found_is_refused() -> None:
+    """By the check and by a step; afterwards the model reads as before."""
+    model = build("llama")
+    model.set_attn_implementation("eager")
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = ForeignAttention
+    attachment = attach_mind_loss(model)
+    wanted, _ = objective(model, share=False)
+    message = rf"^shared_prompts: the module of ForeignAttention, {__name__}, has no eager_attention_forward, wanted"
+    with pytest.raises(ValueError, match=message):
+        attachment.check_shared_prompts()
+    with pytest.raises(ValueError, match=message):
+        objective(model, share=True)
+    assert objective(model, share=False)[0].loss.equal(wanted.loss)
+
+
 @pytest.mark.parametrize("name", ["Phimoe", "Qwen2Moe"])
 def test_a_window_that_only_the_mask_knows_is_refused(name: str) -> None:
     """One longer than what the check reads, too."""
