@@ -72,11 +72,7 @@ def load_student(
     Raises: ValueError when there is no such student or it cannot be loaded whole, with what to install or to give.
     """
     name = os.fspath(name_or_path)
-    source = str(dense_student(name, cache_dir)) if name in BUILTIN_STUDENTS else name
-    if os.sep in name[:1] + name[-1:] or name.startswith((".", "~")) or os.path.exists(source):
-        source = os.path.expanduser(source)
-        if not os.path.isdir(source):
-            raise ValueError(f"{role} {name!r}: no such folder, want a folder saved by save_pretrained")
+    source = student_source(name, cache_dir, role)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -99,6 +95,19 @@ def load_student(
         )
     _set_pad_token(role, name, model, tokenizer)
     return model, tokenizer
+
+
+def student_source(name: str, cache_dir: str | os.PathLike[str] | None = None, role: str = "student") -> str:
+    """The folder or hub id that `from_pretrained` takes, of a student as `load_student` is given it.
+
+    Raises: ValueError when there is no such folder, or as `dense_student`.
+    """
+    source = str(dense_student(name, cache_dir)) if name in BUILTIN_STUDENTS else name
+    if os.sep in name[:1] + name[-1:] or name.startswith((".", "~")) or os.path.exists(source):
+        source = os.path.expanduser(source)
+        if not os.path.isdir(source):
+            raise ValueError(f"{role} {name!r}: no such folder, want a folder saved by save_pretrained")
+    return source
 
 
 def dense_student(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:

@@ -27,7 +27,7 @@ from mind.evaluate.results import FORMAT, VERSION, EvaluationError, averages, ta
 from mind.evaluate.rows import exact_match, to_dataset
 from mind.evaluation import generation_stop_ids
 from mind.prompting import PLAIN_TEMPLATE, PromptFormat, end_of_turn_id
-from mind.students import BUILTIN_STUDENTS, dense_student, load_student
+from mind.students import load_student, student_source
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 TASKS = ("gsm8k", "svamp", "math500", "csqa", "strategyqa", "gpqa_diamond")
@@ -260,13 +260,13 @@ def _vllm_model(student: str, dtype: str) -> Any:
     from lm_eval.models.vllm_causallms import VLLM
     from transformers import AutoTokenizer
 
-    folder = str(dense_student(student)) if student in BUILTIN_STUDENTS else student
+    source = student_source(student)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise EvaluationError(f"student {student!r} has no tokenizer that can be loaded: {reason}") from error
-    return VLLM(pretrained=folder, dtype=dtype, batch_size="auto", add_bos_token=_bos(tokenizer))
+    return VLLM(pretrained=source, dtype=dtype, batch_size="auto", add_bos_token=_bos(tokenizer))
 
 
 def _bos(tokenizer: Any) -> bool | None:

@@ -37,7 +37,7 @@ from mind.generate.teachers import LocalTeacher, Sampling, ServerTeacher, Teache
 from mind.generate.topk import StudentTokens, TopK, write_topk
 from mind.problems.__main__ import write_jsonl
 from mind.prompting import PromptFormat
-from mind.students import BUILTIN_STUDENTS, dense_student
+from mind.students import student_source
 
 JUDGE_TOKENS = 256  # longest reply of a model judge
 
@@ -313,7 +313,7 @@ class Files:
 def _models(config: GenerateConfig) -> tuple[Teacher, Teacher | None, LocalTeacher | None]:
     """(teacher, model judge, difficulty student); none is loaded or reached yet.
 
-    Raises: GenerateError naming the setting; of the two that answer after the teacher, when they are local, also when
+    Raises: ValueError naming the setting; of the two that answer after the teacher, when they are local, also when
         there is no such model.
     """
     tokens = None
@@ -353,9 +353,9 @@ def _models(config: GenerateConfig) -> tuple[Teacher, Teacher | None, LocalTeach
 
 
 def _load_tokenizer(setting: str, model: str) -> Any:
-    folder = str(dense_student(model)) if model in BUILTIN_STUDENTS else model
+    source = student_source(model, role=setting)
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise GenerateError(f"{setting}: the tokenizer of {model!r} cannot be loaded ({reason})") from error

@@ -446,7 +446,10 @@ class VLLMTeacher(LocalTeacher):
             raise GenerateError(
                 "engine vllm: vLLM is not installed, want pip install vllm or another engine"
             ) from error
-        engine, k = LLM(model=self.model, seed=self.seed), self.sampling.top_logprobs
+        from mind.students import student_source
+
+        source, k = student_source(self.model, role=self.role), self.sampling.top_logprobs
+        engine = LLM(model=source, seed=self.seed)
         if k and self.sampling.student is not None:
             self.sampling.student.check_vocabulary(self.model, engine.get_tokenizer())
         room = engine.llm_engine.model_config.max_model_len

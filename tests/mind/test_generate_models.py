@@ -212,7 +212,7 @@ def test_a_local_model_needs_no_key(folder: Path, tiny: Path, monkeypatch: pytes
     assert_tiny_records(folder, generate(folder, "", **settings(folder, tiny, base_url=None)))
 
 
-def test_difficulty_by_a_student(folder: Path, tiny: Path) -> None:
+def test_difficulty_by_a_student(folder: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The teacher is always right; the student only where the answer is 5."""
 
     def teacher(body: dict[str, Any], number: int) -> Reply:
@@ -222,14 +222,16 @@ def test_difficulty_by_a_student(folder: Path, tiny: Path) -> None:
 
     write(folder / "questions.jsonl", fives(6))
     with loopback(teacher) as server:
-        chosen = {"difficulty_student": tiny, "easy_share": 0.5, "seed": 1}
+        monkeypatch.setenv("HOME", str(tiny.parent))
+        tiny_by_home = f"~/{tiny.name}"
+        chosen = {"difficulty_student": tiny_by_home, "easy_share": 0.5, "seed": 1}
         report = generate(folder, server.url, **settings(folder, "m", **chosen))
     records = load_records(folder / "out.jsonl")
     assert {record.id: record.difficulty for record in records} | {"q0": 1, "q3": 1} == {
         record.id: record.difficulty for record in records
     }
     assert len(records) == 4 and report["questions"]["dropped"] == {"easy, not chosen": 2}
-    assert report["requests"] == {"m": 12, str(tiny): 12} and str(tiny) in report["rule"]
+    assert report["requests"] == {"m": 12, tiny_by_home: 12} and tiny_by_home in report["rule"]
 
 
 class Received:
@@ -269,6 +271,7 @@ def test_vllm_is_given_what_fits_its_context(tiny: Path, monkeypatch: pytest.Mon
 
     class LLM:
         def __init__(self, model: str, seed: int) -> None:
+            assert model == str(tiny)
             self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=100))
 
         def get_tokenizer(self) -> Any:
@@ -296,6 +299,12 @@ def test_vllm_is_given_what_fits_its_context(tiny: Path, monkeypatch: pytest.Mon
     assert asked == [["a", "c"], ["e"]]
     prompt = len(tokenizer("user: aassistant: ").input_ids)
     assert sink.answers["0"] == Answer("Yes", "stop", prompt, 4)
+    monkeypatch.setenv("HOME", str(tiny.parent))
+    VLLMTeacher(f"~/{tiny.name}", Sampling(max_tokens=20)).answer_all(requests[:1], sink, proven=True)
+    with pytest.raises(
+        ValueError, match=r"^teacher './nowhere': no such folder, want a folder saved by save_pretrained"
+    ):
+        VLLMTeacher("./nowhere", Sampling()).answer_all(requests, sink, proven=True)
     for name, length in (("1", prompt + 69), ("3", prompt + 199)):
         reason = f"{length} tokens of prompt and max_tokens=20 exceed the model's 100 positions"
         assert sink.answers[name] == Answer("", "refused", refusal=reason)
@@ -388,6 +397,8 @@ def test_models_that_answer_last_are_looked_for_first(
         assert line.startswith("difficulty_student: the tokenizer of 'no/such' cannot be loaded (")
         line = refused(tmp_path, capsys, server.url, difficulty_student=no_template)
         assert line == f"difficulty_student: '{no_template}' has no chat template, want an instruct model"
+        line = refused(tmp_path, capsys, server.url, difficulty_student="./nowhere")
+        assert line == "difficulty_student './nowhere': no such folder, want a folder saved by save_pretrained"
         assert server.bodies == []
     line = refused(tmp_path, capsys, None, teacher=tiny, judge="no/such")
     assert line.startswith("judge: the tokenizer of 'no/such' cannot be loaded (")
