@@ -227,7 +227,9 @@ _FRAME = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _EMPHASIS = re.compile(r"(?<![^\s(])(\*{1,3}|`)(?=[^\s*`])(.{1,256}?)(?<=[^\s*`])\1(?![\w(*`])")
-_OPTION = re.compile(r"(?:(?:option|choice)\s+)?(?:\(([A-Z])\)|\[([A-Z])\]|([A-Z])[).:])(?:\s.*)?", re.DOTALL)
+_OPTION = re.compile(
+    r"(?:(?i:option|choice)\s+)?(?:\(([A-Z])\)[.:]?|\[([A-Z])\][.:]?|([A-Z])(?:\)[.:]?|[.:]))(?:\s.*)?", re.DOTALL
+)
 _OPTION_ALONE = re.compile(r"(?:(?:option|choice)\s+)?[(\[]?([A-Z])[)\]]?[.:]?", re.IGNORECASE)
 _INITIAL = re.compile(r"[A-Z]\.\s*(.+)", re.DOTALL)  # of a name, or an option's letter
 _COLON = re.compile(r"(\d+(?:\s*:\s*\d+)+)\s*([ap]\.?\s?m\.?)?", re.IGNORECASE)
