@@ -235,6 +235,8 @@ _INITIAL = re.compile(r"[A-Z]\.\s*(.+)", re.DOTALL)  # of a name, or an option's
 _COLON = re.compile(r"(\d+(?:\s*:\s*\d+)+)\s*([ap]\.?\s?m\.?)?", re.IGNORECASE)
 _EDGES = re.compile(r"""^(?:["'“”‘’,;:!?\s]|\.(?!\d))+|["'“”‘’.,;:!?\s]+$""")  # but for the period of .5
 _VULGAR_FRACTION = re.compile("[¼-¾⅐-⅞]")
+# 1 000 with a space that does not break, or LaTeX's; not the whole of a mixed number
+_THOUSANDS_SPACE = re.compile(r"(?<=\d)(?:[\u00a0\u2009\u202f]|\\,)(?=\d{3}(?!\d|\s*/))")
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-z]))")
@@ -301,6 +303,7 @@ def is_number(answer: str) -> bool:
 def _clean(text: str) -> str:
     """Without typographic variants, emphasis and what only frames an answer: $…$, \\boxed{…}, a final period."""
     text = re.sub(r"(?<=\d),\s*\\!\s*(?=\d)", ",", text)  # 11,\! 111
+    text = _THOUSANDS_SPACE.sub("", text)
     text = _EMPHASIS.sub(r"\2", text)
     for old, new in (("−", "-"), ("–", "-"), ("\u00a0", " "), ("\u202f", " "), ("\\$", "$"), ("\\%", "%"), ("\\!", "")):
         text = text.replace(old, new)
