@@ -1,13 +1,15 @@
 """What a row of each data set becomes: {"id": …, "question": …, "answers": […]}.
 
 `answers` are the accepted forms of one answer, the first is how results name it: of a multiple-choice question the
-letter and the option's own text. The functions are named by the task files.
+letter and the option's own text, whose initial a letter is not: C is wrong where (A) "C. elegans" is right. The
+functions are named by the task files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
+import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,9 @@ from mind.prompting import PromptFormat, answers_match
 
 if TYPE_CHECKING:
     import datasets
+
+
+_LETTER = re.compile(r"\W*(?:(?:option|choice)\W+)?[A-Z]\W*", re.IGNORECASE)
 
 
 def gsm8k(dataset: datasets.Dataset) -> datasets.Dataset:
@@ -69,7 +74,11 @@ def multiple_choice(question: str, choices: Sequence[str], right: int) -> tuple[
 def exact_match(doc: Mapping[str, Any], results: Sequence[str], prompt_format: PromptFormat | None = None) -> dict:
     """{"exact_match": 1.0 or 0.0} of the one generated text in `results`, as training taught to answer."""
     answer = (prompt_format or PromptFormat()).extract_answer(results[0])
-    return {"exact_match": float(any(answers_match(answer, wanted) for wanted in doc["answers"]))}
+    named, *others = doc["answers"]
+    right = answers_match(answer, named) or answer in others
+    if not right and answer is not None and not _LETTER.fullmatch(answer):
+        right = any(answers_match(answer, other) for other in others)
+    return {"exact_match": float(right)}
 
 
 def to_dataset(docs: Iterable[Mapping[str, Any]]) -> datasets.Dataset:

@@ -198,6 +198,24 @@ def test_rows_of_every_task(name: str) -> None:
     assert rows.exact_match(doc, [RIGHT[name][0]]) == {"exact_match": 0.0}  # not where training puts it
 
 
+@pytest.mark.parametrize(
+    ("text", "answer", "wanted"),
+    [
+        ("C. elegans", "A", 1.0),
+        ("C. elegans", "(A) C. elegans", 1.0),
+        ("C. elegans", "the C. elegans", 1.0),
+        ("C. elegans", "C", 0.0),  # another option
+        ("C. elegans", "Option C", 0.0),
+        ("y", "y", 1.0),
+    ],
+)
+def test_a_letter_is_an_option_and_no_initial(text: str, answer: str, wanted: float) -> None:
+    question, answers = rows.multiple_choice("Which?", [text, "B. subtilis", "D. melanogaster"], 0)
+    doc = {"question": question, "answers": answers}
+    prompt_format = PromptFormat("\n#### {answer}")
+    assert rows.exact_match(doc, [f"So.\n#### {answer}"], prompt_format) == {"exact_match": wanted}
+
+
 def test_options_of_a_question_are_shuffled_by_the_question_alone() -> None:
     letters = set()
     for i in range(20):
