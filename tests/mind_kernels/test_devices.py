@@ -216,7 +216,7 @@ def test_supervised_index_changes_no_result() -> None:
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_the_default_device_changes_nothing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.set_default_device is for tensors that name none: what the host keeps for itself must name its own."""
-    case = random_case(2, 3, 6, 8, 40, 2).to(torch.float32)
+    case = random_case(2, 3, 6, 8, 40, 2, device=DEVICE).to(torch.float32)
     x, w, labels = case.hidden_states, case.lm_head_weight, case.shift_labels
     teacher = random_teacher("logits", case)
 
@@ -238,7 +238,7 @@ def test_the_default_device_changes_nothing(backend: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_nor_does_the_default_dtype(backend: str) -> None:
-    case = random_case(2, 3, 6, 8, 40, 3).to(torch.float32)  # 1/6 and 1/3 are no numbers of 16 bits
+    case = random_case(2, 3, 6, 8, 40, 3, device=DEVICE).to(torch.float32)  # 1/6 and 1/3 are no numbers of 16 bits
 
     def step() -> list[Tensor]:
         plain, _ = fused_linear_cross_entropy(case.hidden_states, case.lm_head_weight, case.shift_labels)
