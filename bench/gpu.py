@@ -250,7 +250,10 @@ def errors(given: Inputs) -> dict[str, dict[str, float]]:
     return found
 
 
-def measure_head(case: Case, bench: Bench, budgets: dict[str, int | None]) -> dict[str, Any]:
+def measure_head(
+    case: Case, bench: Bench, budgets: dict[str, int | None], save: Callable[[list[dict[str, Any]]], None]
+) -> dict[str, Any]:
+    """save gets the rows that there are, after each of them: a run that is cut off leaves those."""
     given = make_inputs(case, bench.device)
     three, four = products(given), products(given, with_teacher=True)
     rows: list[dict[str, Any]] = []
@@ -261,15 +264,19 @@ def measure_head(case: Case, bench: Bench, budgets: dict[str, int | None]) -> di
         rows.append(row)
         timings = try_out(row, lambda: bench.in_turns(function, bare))
         if timings is None:
+            save(rows)
             return math.nan
         timing, of_products = timings
+        ratio = timing.p50 / of_products.p50
         gradients = (given.X.numel() + given.W.numel()) * 2
         row |= timing._asdict() | {
             "extra_bytes": max(timing.peak_bytes - gradients, 0),
             "products_ms": of_products.p50,
-            "ratio_to_products": timing.p50 / of_products.p50,
+            "ratio_to_products": ratio,
         }
-        return timing.p50 / of_products.p50
+        print(f"{case.name}, {what}, {budget}: {timing.p50:.2f} ms, {ratio:.3f} × the products", flush=True)
+        save(rows)
+        return ratio
 
     of_budgets = [
         add("cross-entropy", name, step(given, max_logits_bytes=limit), three) for name, limit in budgets.items()
@@ -482,20 +489,21 @@ def main() -> None:
         cases, bench = [Case("dry-run", 64, 8, 600, 1.0, 1.0)], Bench(device, 1)
         budgets = {"default": None, "16 rows": 16 * 600 * 2}
     results: list[dict[str, Any]] = []
+    document = {"environment": environment(device), "test_seconds": test_seconds, "results": results}
+
+    def save(rows: list[dict[str, Any]]) -> None:
+        """What is measured stays, whatever becomes of the rest."""
+        results[-1]["rows"] = rows
+        if args.results:
+            write_json(args.results, document | {"seconds": time.perf_counter() - start})
+
     for case in cases:
         limits = {name: limit for name, limit in budgets.items() if name != "4 GiB" or case.hidden_size < 1024}
-        failed: dict[str, Any] = {"case": vars(case)}
-        results.append(try_out(failed, lambda: measure_head(case, bench, limits)) or failed)  # noqa: B023
-        seconds = time.perf_counter() - start
-        print(f"{case.name}: {seconds:.0f} s", flush=True)
-        if args.results:  # after each head: what is measured stays, whatever becomes of the next
-            document = {
-                "environment": environment(device),
-                "seconds": seconds,
-                "test_seconds": test_seconds,
-                "results": results,
-            }
-            write_json(args.results, document)
+        unfinished: dict[str, Any] = {"case": vars(case), "failed": "cut off before its end"}
+        results.append(unfinished)
+        results[-1] = try_out(unfinished, lambda: measure_head(case, bench, limits, save)) or unfinished  # noqa: B023
+        save(results[-1].get("rows", []))
+        print(f"{case.name}: {time.perf_counter() - start:.0f} s", flush=True)
     show([result for result in results if "failed" not in result])
     print(f"{time.perf_counter() - start:.0f} s, of which tests {test_seconds:.0f} s")
     if '"failed"' in json.dumps(results):

@@ -17,8 +17,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def test_one_head(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(gpu, "QUESTIONS", 2)
-    result = gpu.measure_head(Case("dry-run", 16, 32, 600, 1.0, 1.0), gpu.Bench(DEVICE, 1), {"default": None})
+    saved: list[int] = []
+    case, bench = Case("dry-run", 16, 32, 600, 1.0, 1.0), gpu.Bench(DEVICE, 1)
+    result = gpu.measure_head(case, bench, {"default": None}, lambda rows: saved.append(len(rows)))
     assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert saved == list(range(1, len(result["rows"]) + 1))
     pruning = result["pruning"]
     kept = {what: [chunk["kept_share"] for chunk in chunks] for what, chunks in pruning["chunks"].items()}
     assert kept.pop("cross-entropy, tolerance, all dense, default") == [1.0]
@@ -71,6 +74,28 @@ def test_what_fails_is_told_and_the_rest_goes_on(
     assert "synchronizing" in json.loads(results.read_text())["results"][0]["failed"]
     printed = capsys.readouterr()
     assert "failed" in printed.out and "out of resource" in printed.err
+
+
+def test_a_run_that_is_cut_off_leaves_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def cut_off(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    results = tmp_path / "gpu.json"
+    monkeypatch.setattr(gpu, "QUESTIONS", 2)
+    monkeypatch.setattr(gpu, "check_kernels", lambda dry_run: 0.0)
+    monkeypatch.setattr(gpu, "answer_index", cut_off)  # after the rows of the budgets and of the divergences
+    monkeypatch.setattr("sys.argv", ["bench.gpu", "--dry-run", "--results", str(results)])
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main()
+    (result,) = json.loads(results.read_text())["results"]
+    assert result["failed"] == "cut off before its end"
+    assert [row["what"] for row in result["rows"]] == [
+        "cross-entropy",
+        "cross-entropy",
+        "cross-entropy + forward KL",
+        "cross-entropy + JSD",
+    ]
+    assert all(row["p50"] > 0 for row in result["rows"])
 
 
 def test_tests_are_dealt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
