@@ -130,3 +130,22 @@ def test_launches_are_timed_only_when_they_are_right(
     assert [row["shipped"] for row in alone] == [True, False, False]
     assert joint and all(row["status"] == "wrong: error inf" and row["ms"] is None for row in joint)
     assert "shipped" in capsys.readouterr().out
+
+
+def test_launches_are_timed_several_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host takes longer to launch a kernel than the device takes for some of the parts that are timed."""
+    called: list[str] = []
+
+    class Bench:
+        def in_turns(self, *functions: Any) -> list[gpu.Timing]:
+            called.clear()
+            for function in functions:
+                function()
+            return [gpu.Timing(0.0, 6.0, 0.0, 0) for _ in functions]
+
+    monkeypatch.setattr(tune, "DEFAULT_MAX_LOGITS_BYTES", 2 * 600 * 2)
+    monkeypatch.setattr(tune.Rows, "error", lambda *_: 0.0)
+    monkeypatch.setattr(tune.cross_entropy, "cross_entropy_", lambda *_, **__: called.append("cross-entropy"))
+    monkeypatch.setattr(tune.linear_kl, "dense_kl_", lambda *_, **__: called.append("both"))
+    rows = tune.measure(600, DEVICE, Bench(), (), 3)
+    assert [(row["ms"], row["copy_ms"]) for row in rows] == [(2.0, 2.0)] * 2 and called == ["both"] * 3
