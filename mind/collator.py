@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from mind.data import EncodedQuestion
 
@@ -27,7 +26,8 @@ class SharedPrompts(NamedTuple):
     prompt's and its own, or a question's prompt and only rationale together.
 
     input_ids, position_ids: (1, N) int64; positions begin at 0 with each prompt and go on in each of its rationales.
-    query_index, key_index: (S, T_q), (S, T_k) int64: the tokens of each sequence's queries and keys, then zeros.
+    query_index, key_index: (S, T_q), (S, T_k) int64: the tokens of each sequence's queries and keys, and these over
+        again: into a token that filled up all sequences a GPU would add thousands of gradients one after the other.
     output_index: (N,) int64: where each token stands among the S·T_q queries.
     key_rows: (M,) int64: the keys of all sequences without padding.
     cu_seqlens_q, cu_seqlens_k: (S + 1,) int32: where each sequence starts among the N queries and the M keys.
@@ -183,12 +183,12 @@ def shared_prompts(questions: Sequence[EncodedQuestion], selected: Tensor) -> Sh
         for row, (b, k) in enumerate(chosen)
     ]
     query_lengths = torch.tensor([len(queries) for queries, _ in sequences])
-    query_index = pad_sequence([queries for queries, _ in sequences], batch_first=True)
+    query_index = _repeated([queries for queries, _ in sequences])
     return SharedPrompts(
         input_ids=torch.tensor([input_ids]),
         position_ids=torch.tensor([position_ids]),
         query_index=query_index,
-        key_index=pad_sequence([keys for _, keys in sequences], batch_first=True),
+        key_index=_repeated([keys for _, keys in sequences]),
         output_index=(torch.arange(query_index.shape[1]) < query_lengths[:, None]).flatten().nonzero().flatten(),
         key_rows=torch.cat([keys for _, keys in sequences]),
         cu_seqlens_q=_cu_seqlens(query_lengths),
@@ -196,6 +196,12 @@ def shared_prompts(questions: Sequence[EncodedQuestion], selected: Tensor) -> Sh
         source=torch.cat(source),
         place=torch.cat(place),
     )
+
+
+def _repeated(sequences: list[Tensor]) -> Tensor:
+    """(S, T), each sequence over again up to the length of the longest."""
+    steps = torch.arange(max(map(len, sequences)))
+    return torch.stack([sequence[steps % len(sequence)] for sequence in sequences])
 
 
 def _cu_seqlens(lengths: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ it, a prompt alone or a rationale behind its prompt,
 by one of
 
 - the attention that the model was loaded with, its own `eager` function or PyTorch's `sdpa`, of keys and values that
-  are gathered (index_select) and padded to the longest sequence;
+  are gathered and filled up to the length of the longest sequence;
 - for `sdpa` on a CPU products and a softmax, one sequence after the other, up to LONGEST_WRITTEN_OUT keys: PyTorch's
   kernel takes several times as long there for the backward pass of short sequences;
 - `flash_attention_2`: FlashAttention's kernel for sequences of different lengths, without padding.
@@ -98,7 +98,7 @@ def readable(base: Any) -> AbstractContextManager[Any]:
 
 
 def attention_mask(prompts: SharedPrompts) -> Tensor:
-    """(S, 1, T_q, T_k) bool: which key each query sees. A query that is padding sees one, so that nothing is NaN."""
+    """(S, 1, T_q, T_k) bool: which key each query sees. One that fills up sees what it repeats: nothing is NaN."""
     positions = prompts.position_ids[0]
     queries, keys = positions[prompts.query_index], positions[prompts.key_index]
     lengths = prompts.cu_seqlens_k.diff()

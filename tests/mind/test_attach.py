@@ -757,8 +757,8 @@ def test_sequences_of_shared_prompts() -> None:
     wanted = {
         "input_ids": [[5, 6, 7, 10, 11, 12, 13]],
         "position_ids": [[0, 1, 2, 0, 1, 2, 3]],
-        "query_index": [[0, 1, 0, 0], [2, 0, 0, 0], [3, 4, 5, 6]],
-        "key_index": [[0, 1, 0, 0], [0, 1, 2, 0], [3, 4, 5, 6]],
+        "query_index": [[0, 1, 0, 1], [2, 2, 2, 2], [3, 4, 5, 6]],
+        "key_index": [[0, 1, 0, 1], [0, 1, 2, 0], [3, 4, 5, 6]],
         "output_index": [0, 1, 4, 8, 9, 10, 11],
         "key_rows": [0, 1, 0, 1, 2, 3, 4, 5, 6],
         "cu_seqlens_q": [0, 2, 3, 7],
