@@ -5,9 +5,8 @@
 For each vocabulary a chunk of bf16 logits as the default budget makes it, with a teacher the part whose logits are held
 together. Every launch is checked against fp32 before it is timed; one that is wrong, or does not fit the device, is a
 row that says so. The yardstick is a copy of the same logits, in turns with the kernel: each read and written once, the
-least a kernel can do. Of each several calls are timed in a row: to launch a kernel takes the host as long as to copy a
-part takes the device, which otherwise waits for it. What is shipped stands first; what beats it belongs into the
-kernel's `launch`. Three minutes.
+least a kernel can do. Of each several calls are timed in a row: a copy of a part takes little longer than a mark. What
+is shipped stands first; what beats it belongs into the kernel's `launch`. Three minutes.
 """
 
 from __future__ import annotations

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from bench import gpu, tune
+from bench import gpu, measure, tune
 from bench.shapes import Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,6 +35,36 @@ def test_one_head(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     gpu.show([result])
     printed = capsys.readouterr().out
     assert "peaked, frozen head, tolerance" in printed and "all dense" in printed
+
+
+def test_the_host_has_a_head_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each call, and of a training step: the GPU has something to do when the clock starts."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("mark")
+
+        def synchronize(self) -> None:
+            done.append("wait")
+
+        def elapsed_time(self, stop: Event) -> float:
+            return 1.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("sleep"))
+    clock = measure.Clock("cuda")
+    assert clock(lambda: done.append("call")) == 1.0
+    assert done == ["sleep", "mark", "call", "mark", "wait"]
+    done.clear()
+    x = torch.ones(2, requires_grad=True)
+    call, given = SimpleNamespace(loss=lambda given: x.sum()), SimpleNamespace(leaves=[x])
+    with patch.object(measure, "LossAndGradients", lambda *parts: done.append("step")):
+        measure.training_step(call, given, clock)
+    assert done == ["sleep", "mark", "mark", "mark", "wait", "wait", "step"]
 
 
 def test_products_are_timed_in_turns_with_what_is_compared_to_them() -> None:
