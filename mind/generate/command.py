@@ -133,7 +133,10 @@ class GenerateConfig:
         default=0.0, metadata={"help": "A question is easy when at most this share of the answers fails."}
     )
     easy_share: float = field(
-        default=0.5, metadata={"help": "Share of the easy questions that is kept, at random; all hard ones are kept."}
+        default=0.5,
+        metadata={
+            "help": "Share of the easy questions to keep, at random, at least one unless 0; all hard ones are kept."
+        },
     )
     target_size: int | None = field(
         default=None,

@@ -108,12 +108,13 @@ def choose_questions(
     """Which questions are kept: all that are harder than `easy_difficulty`, and a random part of the easy ones.
 
     difficulties: question id -> share of the answers that failed, in [0, 1].
-    easy_share: of the easy questions, unless target_size is given: then as many of them as it leaves room for, none
-        when the hard ones exceed it.
+    easy_share: of the easy questions, at least one unless it is 0. With target_size instead as many of them as that
+        leaves room for, none when the hard ones exceed it.
     """
     easy = [name for name, difficulty in difficulties.items() if difficulty <= easy_difficulty]
     hard = set(difficulties) - set(easy)
-    count = round(easy_share * len(easy)) if target_size is None else target_size - len(hard)
+    share = max(round(easy_share * len(easy)), int(easy_share > 0))
+    count = share if target_size is None else target_size - len(hard)
     return hard | set(random.Random(seed).sample(easy, min(len(easy), max(0, count))))
 
 

@@ -265,6 +265,12 @@ def test_all_hard_questions_are_kept(target: int | None, kept_easy: int) -> None
     assert chosen == choose_questions(difficulties, **options, seed=0)  # type: ignore[arg-type]
 
 
+def test_of_one_easy_question_half_is_the_question() -> None:
+    for easy_share, kept in ((0.5, {"only"}), (0.01, {"only"}), (0, set())):
+        options = {"easy_difficulty": 0, "easy_share": easy_share, "target_size": None, "seed": 0}
+        assert choose_questions({"only": 0.0}, **options) == kept  # type: ignore[arg-type]
+
+
 def test_retry_after() -> None:
     assert retry_after("7") == 7 and retry_after("0.5") == 0.5
     assert 25 < retry_after(formatdate(time.time() + 30, usegmt=True)) <= 30
