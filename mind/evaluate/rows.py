@@ -25,7 +25,14 @@ _LETTER = re.compile(r"\W*(?:(?:option|choice)\W+)?[A-Z]\W*", re.IGNORECASE)
 
 def gsm8k(dataset: datasets.Dataset) -> datasets.Dataset:
     """The answer stands after "####"."""
-    return _convert(dataset, "gsm8k", lambda row: (row["question"], [row["answer"].rpartition("####")[2].strip()]))
+
+    def convert(row: Mapping[str, Any]) -> tuple[str, list[str]]:
+        _, mark, answer = row["answer"].rpartition("####")
+        if not mark:
+            raise ValueError(f"answer: given {row['answer'][:60]!r}, want a solution and its answer behind ####")
+        return row["question"], [answer.strip()]
+
+    return _convert(dataset, "gsm8k", convert)
 
 
 def svamp(dataset: datasets.Dataset) -> datasets.Dataset:

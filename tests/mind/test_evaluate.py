@@ -377,6 +377,9 @@ def test_bad_files(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "question 's': answer 'two\\nlines' is read back as " in refused(flags(inputs, output, data=lines), capsys)
     line = refused(flags(inputs, output, data=None, tasks=f"gsm8k={other}"), capsys)
     assert "task gsm8k: row 0 is not a row of this data set" in line and "it has the columns text" in line
+    write(other, [{"question": "One and one?", "answer": "It is 2"}])
+    line = refused(flags(inputs, output, data=None, tasks=f"gsm8k={other}"), capsys)
+    assert "given 'It is 2', want a solution and its answer behind ####" in line
     assert "task svamp: " in refused(flags(inputs, output, data=None, tasks=f"svamp={empty}"), capsys)
     output.write_text("{}")
     assert "result.json exists already, want a new file" in refused(flags(inputs, output), capsys)
