@@ -17,7 +17,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Settings:
     tau_student: float
     questions: str  # fingerprint
     feedback_share: float = MindConfig.feedback_share
+    perspectives: str = ""  # trained on, joined by "+"; "": all
 
 
 def file_name(settings: Settings) -> str:
@@ -63,7 +64,7 @@ def file_name(settings: Settings) -> str:
         name += f"-beta{settings.beta:g}-tau{settings.tau_student:g}"
     if settings.feedback_share != MindConfig.feedback_share:
         name += f"-feedback{settings.feedback_share:g}"
-    return name
+    return f"{name}-{settings.perspectives}" if settings.perspectives else name
 
 
 class _Budget(TrainerCallback):
@@ -116,7 +117,7 @@ def run(settings: Settings, splits: Splits, device: str) -> dict[str, Any]:
             disable_tqdm=True,
             output_dir=folder,
         )
-        perspectives = perspectives_of(splits.train)
+        perspectives = perspectives_of((*splits.train, *splits.validation))
         encoder = RationaleEncoder() if config.uses_assistant else None
 
         def encode(records: list[Record]) -> MindDataset:
@@ -153,6 +154,22 @@ def run(settings: Settings, splits: Splits, device: str) -> dict[str, Any]:
     return outcome
 
 
+def with_perspectives(splits: Splits, names: Sequence[str]) -> Splits:
+    """Training questions with the rationales of these alone; of all where none is named. Others are as they were.
+
+    Raises: ValueError for a name that a training question lacks.
+    """
+    if not names:
+        return splits
+    train = []
+    for record in splits.train:
+        known = perspectives_of([record])
+        if not set(names) <= set(known):
+            raise ValueError(f"--perspectives: given {', '.join(names)}, want of {', '.join(known)}")
+        train.append(replace(record, rationales=tuple(r for r in record.rationales if r.perspective in names)))
+    return splits._replace(train=train)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
@@ -166,9 +183,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--beta", type=float, default=MindConfig.beta)
     parser.add_argument("--tau_student", type=float, default=MindConfig.tau_student)
     parser.add_argument("--feedback_share", type=float, default=MindConfig.feedback_share)
+    parser.add_argument(
+        "--perspectives", nargs="+", default=[], metavar="NAME", help="of the rationales to train on; default: all"
+    )
     options = parser.parse_args(arguments)
     device = options.device
-    splits = load_splits(options)
+    splits = with_perspectives(load_splits(options), options.perspectives)
     for seed, rate, method in itertools.product(options.seeds, options.learning_rates, options.methods):
         settings = Settings(
             options.student,
@@ -182,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.tau_student,
             fingerprint(splits),
             options.feedback_share,
+            "+".join(options.perspectives),
         )
         file = options.results / "methods" / f"{file_name(settings)}.json"
         run_once(file, settings, lambda settings=settings: run(settings, splits, device), device)  # type: ignore[misc]

@@ -164,7 +164,8 @@ def _variant(settings: dict[str, Any], names: Sequence[str] = tuple(SYMBOLS)) ->
         for name in names
         if settings.get(name, getattr(MindConfig, name)) != getattr(MindConfig, name)
     ]
-    return ", ".join([settings["method"], *chosen])
+    only = [f"only {settings['perspectives'].replace('+', ' + ')}"] if settings.get("perspectives") else []
+    return ", ".join([settings["method"], *chosen, *only])
 
 
 def _code(variant: str) -> str:

@@ -70,6 +70,17 @@ def test_methods_stop_at_the_token_budget_and_run_once(folder: Path, capsys: pyt
         methods.main([*wanted, "--learning_rates", "5e-5"])
 
 
+def test_training_on_some_perspectives(folder: Path) -> None:
+    given = arguments(folder, "--methods", "no_fusion", "--seeds", "3", "--token_budget", "1000")
+    chosen = ("formal_symbolic", "decomposition")
+    methods.main([*given, "--perspectives", *chosen])
+    (run,) = (run for name, run in read(folder, "methods").items() if "-s3-" in name)
+    assert set(run["log"]["selected_rationales"]) == {2} and len(run["validation_losses"]) == 3
+    assert report._variant(run["settings"]) == "no_fusion, only formal_symbolic + decomposition"
+    with pytest.raises(ValueError, match=r"^--perspectives: given analogy, want of formal_symbolic, intuitive, decom"):
+        methods.main([*given, "--perspectives", "analogy"])
+
+
 def test_what_chooses_settings_sees_no_test_question(folder: Path) -> None:
     methods.main(arguments(folder, "--methods", "no_fusion", "--seeds", "100", "--token_budget", "1000"))
     (run,) = (run for name, run in read(folder, "methods").items() if "-s100-" in name)
