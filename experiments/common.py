@@ -70,7 +70,7 @@ def load_splits(options: argparse.Namespace) -> Splits:
         perspectives, all generated kinds, tested at all difficulties; SVAMP), "four_kinds" (8 perspectives, four
         generated kinds, tested on other numbers; out of distribution: four other kinds), "two_digits" (8
         perspectives, four generated kinds with whole numbers up to 100, tested on others; SVAMP) or "ages" (8
-        perspectives, one generated kind with whole numbers up to 50, tested on others; with numbers up to 100).
+        perspectives, one generated kind with whole numbers up to 50, tested on others; with numbers from 51 to 100).
     folder: holds svamp_train_k3.jsonl, svamp_test.jsonl, gsm8k_k2.jsonl and gsm8k_eval.jsonl.
 
     Raises: ValueError for a missing file, or too few questions that fit.
