@@ -16,6 +16,7 @@ PART_ROWS = 256  # of no fewer rows, so that their product stays one
 # Elementwise work goes over the logits in blocks. On a CPU a thread's share of one, with all its fp32 copies, stays in
 # cache from pass to pass; smaller ones would be more calls than arithmetic.
 BLOCK_ELEMENTS = 2**19
+ALIASED_BYTES, PAD_BYTES = 2**16, 256
 
 
 def block_rows(V: int, device: torch.device, max_logits_bytes: int | None, has_copies: bool) -> int:
@@ -33,8 +34,14 @@ def block_rows(V: int, device: torch.device, max_logits_bytes: int | None, has_c
 
 
 def row_buffer(rows: int, V: int, dtype: torch.dtype, device: torch.device, backend: str) -> Tensor:  # (rows, V)
-    """Empty logits. For the kernels rows begin at multiples of 16 numbers, whatever V: loads are of 16 bytes then."""
+    """Empty logits. For the kernels rows begin at multiples of 16 numbers, whatever V: loads are of 16 bytes then.
+
+    On a CPU fp32 ones do not begin at multiples of 64 KiB, as they would for V = 49,152 or 262,144: the numbers of a
+    column would all fall on one set of a core's cache, and a product goes over columns.
+    """
     stride = -(-V // 16) * 16 if backend == "triton" else V
+    if device.type == "cpu" and dtype.itemsize >= 4 and stride * dtype.itemsize % ALIASED_BYTES == 0:
+        stride += PAD_BYTES // dtype.itemsize
     return torch.empty(rows, stride, dtype=dtype, device=device)[:, :V]
 
 

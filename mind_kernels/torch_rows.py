@@ -128,8 +128,9 @@ class TorchRows:
         for start, stop, group in _blocks(chunk, plan.rows.group_offsets, self.block_rows):
             within = slice(start - chunk.start, stop - chunk.start)
             stored = z_chunk[within]
-            # 16-bit logits are taken to fp32 block by block; fp32 and fp64 ones are worked on where they are.
-            z = stored if self.is_wide else self.scratch("logits", stored.shape).copy_(stored)
+            # 16-bit logits are taken to fp32 block by block; fp32 and fp64 ones are worked on where they are, if dense.
+            in_place = self.is_wide and stored.is_contiguous()
+            z = stored if in_place else self.scratch("logits", stored.shape).copy_(stored)
             pairs = None
             if group is not None and plan.pair_weights is not None:
                 members, question = self.members[group], groups.question[group]
@@ -153,5 +154,5 @@ class TorchRows:
             if chunk.needs_gradient:
                 if losses.grad_bias is not None:
                     losses.grad_bias.add_(z.sum(0))
-                if not self.is_wide or G_chunk is not z_chunk:
+                if not in_place or G_chunk is not z_chunk:
                     G_chunk[within] = z

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import mind_kernels.chunking as chunking
 import mind_kernels.linear_sweep as linear_sweep
 from mind_kernels import (
     AnswerConsistency,
@@ -32,7 +33,7 @@ from mind_kernels import (
     multi_rationale_log_softmax,
     ta_weighted_kl,
 )
-from mind_kernels.chunking import Chunk, Rows, plan_chunks, teacher_parts
+from mind_kernels.chunking import Chunk, Rows, plan_chunks, row_buffer, teacher_parts
 from mind_kernels.combined.reference import reference_mind_loss
 from mind_kernels.divergences import divergence_and_gradient, pairwise_jsd_and_gradient
 from mind_kernels.testing import MindCase, assert_as_good_as_plain, random_case, random_teacher, relative_error
@@ -269,6 +270,41 @@ def test_logits_stay_within_the_budget(products) -> None:
     case = random_case(2, 3, 9, 8, 31, 2).to(torch.float32)
     call_mind_loss(case, max_logits_bytes=5 * 31 * 4).loss.backward()
     assert max(products["head"]) <= 5 < sum(products["head"])
+
+
+@pytest.mark.parametrize(
+    ("V", "dtype", "is_padded"),
+    [
+        (2**14, torch.float32, True),
+        (3 * 2**13, torch.float64, True),
+        (2**15, torch.bfloat16, False),
+        (2**14 + 2**12, torch.float32, False),
+    ],
+)
+def test_rows_on_a_cpu_do_not_fall_on_the_same_cache_sets(V: int, dtype: torch.dtype, is_padded: bool) -> None:
+    rows = row_buffer(3, V, dtype, torch.device("cpu"), "torch")
+    assert rows.shape == (3, V) and rows.is_contiguous() != is_padded
+    if dtype.itemsize >= 4:
+        assert rows.stride(0) * dtype.itemsize % 2**16 != 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"gradient_tolerance": 0.2}, {"logits_dtype": torch.float32}])
+def test_results_do_not_depend_on_how_rows_of_logits_are_padded(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, options: dict
+) -> None:
+    if "logits_dtype" in options and dtype == torch.float64:
+        options = {}
+    found = []
+    for aliased in (chunking.ALIASED_BYTES, dtype.itemsize):  # of no V here, of every one
+        monkeypatch.setattr(chunking, "ALIASED_BYTES", aliased)
+        case = random_case(2, 3, 6, 8, 31, 2).to(dtype)
+        losses = call_mind_loss(case, teacher=random_teacher("hidden", case), kl_weight=0.5, **options)
+        found.append(
+            [losses.loss, losses.rationale_losses, *torch.autograd.grad(losses.loss, [*case.leaves().values()])]
+        )
+    for dense, padded in zip(*found, strict=True):
+        torch.testing.assert_close(padded, dense)
 
 
 def test_import_needs_neither_triton_nor_transformers() -> None:
