@@ -103,7 +103,7 @@ class MindTrainer(Trainer):
         self.perspectives = train_dataset.perspectives
         self.calibrator = self._make_calibrator(assistant) if args.uses_assistant else None
         self._student: MindAttachment | None = None  # while the fused loss is attached
-        self._shares_prompts = False  # decided when it is
+        self._shares_prompts: bool | None = None  # decided when it is, the first time
         self._teacher = self._make_teacher(teacher)
         self._pad_token_id = processing_class.pad_token_id or 0  # masked everywhere: any token will do
         self._partial_dir: str | None = None  # while a checkpoint is being written
@@ -433,7 +433,8 @@ class MindTrainer(Trainer):
             gradient_tolerance=args.gradient_tolerance,
         )
         try:
-            self._shares_prompts = self._can_share_prompts()
+            if self._shares_prompts is None:
+                self._shares_prompts = self._can_share_prompts()
             yield
         finally:
             # Accelerate has wrapped the attached forward for mixed precision: take that off first.
@@ -548,7 +549,7 @@ class MindTrainer(Trainer):
         """6 operations a parameter and trained token, 2 for a token that is only measured."""
         feedback = self._since_step[-1]
         selected = feedback.weights > 0
-        share = self._shares_prompts
+        share = bool(self._shares_prompts)
         trained, measured = inputs.tokens(selected, share), inputs.tokens(feedback.measured & ~selected, share)
         return (6 * trained + 2 * measured) * self.model.num_parameters(exclude_embeddings=True)
 

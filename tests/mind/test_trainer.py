@@ -574,11 +574,32 @@ def test_a_teacher_that_reads_otherwise_behind_a_shared_prompt(tmp_path: Path, m
     read = MindAttachment.read
 
     def wrong(attachment: MindAttachment, inputs: Any, shared_prompts: Any = None) -> Tensor:
-        return read(attachment, inputs, shared_prompts) * (1.0 if shared_prompts is None else 1.01)
+        return read(attachment, inputs, shared_prompts) * (1.0 if shared_prompts is None else 1.05)
 
     monkeypatch.setattr(MindAttachment, "read", wrong)
     with pytest.raises(ValueError, match="shared_prompts: what LlamaModel makes of rationales behind one prompt d"):
         make_trainer(tmp_path, kl_weight=0.7, teacher=tiny_student(seed=5), share_prompt=True)
+
+
+def test_rounding_that_a_trained_student_multiplies_is_no_other_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SmolLM2 after 250 steps: 1e-4 of the largest entry in fp32. And whether prompts are read once is asked once."""
+    read, check, checks = MindAttachment.read, MindAttachment.check_shared_prompts, []
+
+    def rounded(attachment: MindAttachment, inputs: Any, shared_prompts: Any = None) -> Tensor:
+        return read(attachment, inputs, shared_prompts) * (1.0 if shared_prompts is None else 1.001)
+
+    def counted(attachment: MindAttachment) -> None:
+        checks.append(attachment)
+        check(attachment)
+
+    monkeypatch.setattr(MindAttachment, "read", rounded)
+    monkeypatch.setattr(MindAttachment, "check_shared_prompts", counted)
+    trainer = make_trainer(tmp_path, method="no_fusion", share_prompt=True, max_steps=1)
+    trainer.train()
+    trainer.measure_losses()
+    assert len(checks) == 1
 
 
 def test_lora_trains_the_adapters_alone(tmp_path: Path) -> None:
