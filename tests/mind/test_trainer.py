@@ -584,7 +584,7 @@ def test_a_teacher_that_reads_otherwise_behind_a_shared_prompt(tmp_path: Path, m
 def test_rounding_that_a_trained_student_multiplies_is_no_other_reading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SmolLM2 after 250 steps: 1e-4 of the largest entry in fp32. And whether prompts are read once is asked once."""
+    """SmolLM2 after 229 steps: 1e-4 of the largest entry in fp32. And whether prompts are read once is asked once."""
     read, check, checks = MindAttachment.read, MindAttachment.check_shared_prompts, []
 
     def rounded(attachment: MindAttachment, inputs: Any, shared_prompts: Any = None) -> Tensor:
