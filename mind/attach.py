@@ -202,10 +202,10 @@ class MindAttachment:
                     f"({str(error).splitlines()[0]}): read the prompts unshared"
                 ) from error
         difference = (plain - shared).abs().max().item()
-        # Layers multiply what rounding did, a trained SmolLM2's to 1e-4 of the largest entry in fp32; products may be
-        # TF32 ones. What is read wrongly differs by far more.
+        # Eight roundings, in fp32 those of TF32 products. Layers multiply what rounding did, a trained SmolLM2's to
+        # 1e-4 of the largest entry in plain fp32; what is read wrongly differs by far more.
         dtype = torch.bfloat16 if needs_autocast(self.base) else plain.dtype
-        allowed = max(1e-2, 8 * torch.finfo(dtype).eps) * plain.abs().max().item()
+        allowed = 8 * max(2**-10, torch.finfo(dtype).eps) * plain.abs().max().item()
         if not difference <= allowed:
             raise ValueError(
                 f"shared_prompts: what {name} makes of rationales behind one prompt differs by up to "

@@ -36,12 +36,14 @@ def block_rows(V: int, device: torch.device, max_logits_bytes: int | None, has_c
 def row_buffer(rows: int, V: int, dtype: torch.dtype, device: torch.device, backend: str) -> Tensor:  # (rows, V)
     """Empty logits. For the kernels rows begin at multiples of 16 numbers, whatever V: loads are of 16 bytes then.
 
-    On a CPU fp32 ones do not begin at multiples of 64 KiB, as they would for V = 49,152 or 262,144: the numbers of a
-    column would all fall on one set of a core's cache, and a product goes over columns.
+    In PyTorch on a CPU those of fp32 and fp64 do not begin at multiples of 64 KiB, as they would for V = 49,152 or
+    262,144: the numbers of a column would all fall on one set of a core's cache, and a product goes over columns.
     """
-    stride = -(-V // 16) * 16 if backend == "triton" else V
-    if device.type == "cpu" and dtype.itemsize >= 4 and stride * dtype.itemsize % ALIASED_BYTES == 0:
-        stride += PAD_BYTES // dtype.itemsize
+    stride = V
+    if backend == "triton":
+        stride = -(-V // 16) * 16
+    elif device.type == "cpu" and dtype.itemsize >= 4 and V * dtype.itemsize % ALIASED_BYTES == 0:
+        stride = V + PAD_BYTES // dtype.itemsize
     return torch.empty(rows, stride, dtype=dtype, device=device)[:, :V]
 
 

@@ -574,7 +574,7 @@ def test_a_teacher_that_reads_otherwise_behind_a_shared_prompt(tmp_path: Path, m
     read = MindAttachment.read
 
     def wrong(attachment: MindAttachment, inputs: Any, shared_prompts: Any = None) -> Tensor:
-        return read(attachment, inputs, shared_prompts) * (1.0 if shared_prompts is None else 1.05)
+        return read(attachment, inputs, shared_prompts) * (1.0 if shared_prompts is None else 1.01)
 
     monkeypatch.setattr(MindAttachment, "read", wrong)
     with pytest.raises(ValueError, match="shared_prompts: what LlamaModel makes of rationales behind one prompt d"):
