@@ -56,11 +56,10 @@ class Settings:
 
 
 def file_name(settings: Settings) -> str:
-    """Without ".json": told apart by settings where these are being chosen, else by those not at their defaults."""
+    """Without ".json": all of the settings but the questions, those after questions_per_step where not the default."""
     name = f"{Path(settings.student).name}-{settings.data}-{settings.token_budget}-{settings.method}-s{settings.seed}"
-    if settings.seed >= 100:
-        name += f"-lr{settings.learning_rate:g}"
-    if settings.seed >= 100 or (settings.beta, settings.tau_student) != (MindConfig.beta, MindConfig.tau_student):
+    name += f"-lr{settings.learning_rate:g}-q{settings.questions_per_step}"
+    if (settings.beta, settings.tau_student) != (MindConfig.beta, MindConfig.tau_student):
         name += f"-beta{settings.beta:g}-tau{settings.tau_student:g}"
     if settings.feedback_share != MindConfig.feedback_share:
         name += f"-feedback{settings.feedback_share:g}"

@@ -89,28 +89,32 @@ def methods_section(documents: Sequence[Document], output: Path) -> list[str]:
     for document in documents:
         if "test" in document:
             settings = document["settings"]
-            shared = ("student", "data", "token_budget", "learning_rate", "questions_per_step", "questions")
+            shared = ("student", "data", "token_budget", "questions_per_step", "questions")
             groups[tuple(settings[name] for name in shared)].append(document)
-    for (student, data, budget, rate, questions_per_step, _), group in sorted(groups.items()):
+    for (student, data, budget, questions_per_step, _), group in sorted(groups.items()):
         by_method = defaultdict(list)
+        rates = sorted({document["settings"]["learning_rate"] for document in group})
         for document in group:
-            by_method[_variant(document["settings"])].append(document)
+            of_rate = f", rate {document['settings']['learning_rate']:g}" if len(rates) > 1 else ""
+            by_method[_variant(document["settings"]) + of_rate].append(document)
         variants = sorted(by_method, key=lambda name: ((UNTRAINED, *METHODS).index(name.split(",")[0]), name))
         lines += [
             f"### {student} on {data}, {budget:,} trained tokens",
             "",
-            f"Learning rate {rate:g}, {questions_per_step} questions a step; β = {MindConfig.beta:g} and "
-            f"τ_student = {MindConfig.tau_student:g} where nothing else is said. {_where(group)}",
+            f"Learning rate {' or '.join(f'{rate:g}' for rate in rates)}, {_steps_of(questions_per_step)}; "
+            f"β = {MindConfig.beta:g} and τ_student = {MindConfig.tau_student:g} where nothing else is said. "
+            f"{_where(group)}",
             "",
         ]
         rows = []
-        baseline = by_method.get(BASELINE)
+        baselines = [by_method[name] for name in variants if name == BASELINE or name.startswith(f"{BASELINE}, rate ")]
+        baseline = baselines[0] if len(baselines) == 1 else None
         for method in variants:
             runs = by_method[method]
             difference = "–"
-            if baseline and method not in (BASELINE, UNTRAINED):
+            if baseline and runs is not baseline and not method.startswith(UNTRAINED):
                 difference = _percent(_correct(runs, "test"), f"{data} {method}", _correct(baseline, "test"), "+")
-            trained = method != UNTRAINED
+            trained = not method.startswith(UNTRAINED)
             logs = [run.get("log", {}) for run in runs]
             scored = trained and all(log["rank_correlation"] for log in logs)
             rows.append(
@@ -168,6 +172,10 @@ def _variant(settings: dict[str, Any], names: Sequence[str] = tuple(SYMBOLS)) ->
     return ", ".join([settings["method"], *chosen, *only])
 
 
+def _steps_of(questions: int) -> str:
+    return "one question a step" if questions == 1 else f"{questions} questions a step"
+
+
 def _code(variant: str) -> str:
     method, comma, rest = variant.partition(",")
     return method + comma + rest if method == UNTRAINED else f"`{method}`{comma}{rest}"
@@ -216,7 +224,7 @@ def _plot_methods(by_method: dict[str, list[Document]], path: Path) -> None:
         axes[1].plot([100 * low, 100 * high], [place, place], color="tab:blue", linewidth=2)
         axes[1].plot(100 * values.mean(), place, "o", color="tab:blue")
         axes[1].plot([100 * run["test"]["accuracy"] for run in runs], [place] * len(runs), "|", color="black")
-        if name != UNTRAINED:
+        if not name.startswith(UNTRAINED):
             axes[0].plot([run["validation_loss"] for run in runs], [place] * len(runs), "o", color="tab:orange")
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,8 +67,8 @@ def test_methods_stop_at_the_token_budget_and_run_once(folder: Path, capsys: pyt
     capsys.readouterr()
     methods.main(wanted)
     assert capsys.readouterr().out.count("done before") == 4
-    with pytest.raises(ValueError, match="run with another learning_rate"):
-        methods.main([*wanted, "--learning_rates", "5e-5"])
+    with pytest.raises(ValueError, match="run with another questions"):
+        methods.main([*wanted, "--num_test", "1"])
 
 
 def test_training_on_some_perspectives(folder: Path) -> None:
@@ -88,18 +89,22 @@ def test_what_chooses_settings_sees_no_test_question(folder: Path) -> None:
 
 
 def test_runs_of_other_settings_are_other_files() -> None:
-    names = []
-    for seed, budget, beta, share in (
-        (0, 9, 0.8, 1.0),
-        (0, 8, 0.8, 1.0),
-        (0, 9, 0.3, 1.0),
-        (100, 9, 0.8, 1.0),
-        (100, 9, 0.3, 1.0),
-        (0, 9, 0.8, 0.5),
-    ):
-        settings = methods.Settings("a/s", "svamp", "mind", seed, budget, 1e-4, 2, beta, 0.1, "0", share)
-        names.append(methods.file_name(settings))
-    assert names[0] == "s-svamp-9-mind-s0" and len(set(names)) == 6
+    first = methods.Settings("a/s", "svamp", "mind", 0, 9, 1e-4, 2, 0.8, 0.1, "0")
+    others: list[dict[str, Any]] = [
+        {"seed": 100},
+        {"token_budget": 8},
+        {"learning_rate": 3e-4},
+        {"questions_per_step": 1},
+    ]
+    others += [
+        {"beta": 0.3},
+        {"tau_student": 1.0},
+        {"feedback_share": 0.5},
+        {"perspectives": "planning"},
+        {"data": "ages"},
+    ]
+    names = [methods.file_name(replace(first, **other)) for other in ({}, *others)]
+    assert names[0] == "s-svamp-9-mind-s0-lr0.0001-q2" and len(set(names)) == len(names)
 
 
 def test_a_run_older_than_a_setting_was_done_with_its_default(tmp_path: Path) -> None:
@@ -166,6 +171,7 @@ def test_report_tells_what_the_files_hold(folder: Path, tmp_path: Path) -> None:
         ("mind", [1, 1, 1, 1], other),
         ("no_fusion", [1, 0, 0, 0], {}),
         ("no_fusion", [0, 0, 0, 0], {"questions": "4567"}),  # compared with nothing above
+        ("mind", [1, 0, 0, 0], {"questions": "4567", "learning_rate": 3e-4}),  # each method's own rate
     ):
         for seed in (0, 1):
             run = {
@@ -188,6 +194,8 @@ def test_report_tells_what_the_files_hold(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "RESULTS.md"
     report.main(["--results", str(tmp_path / "results"), "--output", str(output)])
     text = output.read_text()
+    assert "Learning rate 0.0001 or 0.0003, 4 questions a step;" in text and "Learning rate 0.0001, 4" in text
+    assert "| `mind`, rate 0.0003 | 2 | 1.050 ± 0.071 | 25.0 [0.0, 75.0] | +25.0 [+0.0, +75.0] |" in text
     row, by_perspective = (line for line in text.splitlines() if line.startswith("| `mind` |"))
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells[1:3] == ["2", "1.050 ± 0.071"]
@@ -196,7 +204,8 @@ def test_report_tells_what_the_files_hold(folder: Path, tmp_path: Path) -> None:
     assert by_perspective == "| `mind` | 0.55 | 1.55 |"
     (other_row, _) = (line for line in text.splitlines() if line.startswith("| `mind`, β = 0.3 |"))
     assert "| 100.0 [100.0, 100.0] | +75.0 [" in other_row
-    assert text.count("| `no_fusion` | 2 | 1.050") == 2 and text.count("### s on svamp, 1,000 trained tokens") == 2
+    assert text.count("| `no_fusion` | 2 | 1.050") == 1 and text.count("| `no_fusion`, rate 0.0001 | 2 | 1.050") == 1
+    assert text.count("### s on svamp, 1,000 trained tokens") == 2
     assert "| s on svamp | `no_fusion` | 1,000 | 4 | 0.0001 | 0.8 | 0.1 | 100 | 12 | 2.00 | 0.9000 | 50.0 [" in text
     assert "| s on svamp | untrained | 1,000 | 4 | 0.0001 | 0.8 | 0.1 | 100 | – | – | 2.0000 | 50.0 [" in text
     assert "a CPU; commit 0123456789" in text
