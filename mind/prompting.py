@@ -213,9 +213,10 @@ _UNITS = tuple(
         "¢ cent",
     )
 )
+_UNIT = r"(?:(?:square|cubic)\s+)?(?:[^\W\d_]+|°\s*[cf]|[$€£¥₹¢])(?:\^\{?[1-4]\}?)?"
 _WITH_UNIT = re.compile(
-    r"""(?:.*=)?\s*(?:[-+]?\s*([$€£¥₹])\s*[-+]?[\d.][^$]*
-    | [-+\d.,/\s]*\d\s*(?:\\(?:text|mathrm)\{\s*)?([^\W\d_]+|°\s*[cf]|[$€£¥₹¢])\}?)""",
+    rf"""(?:.*=)?\s*(?:[-+]?\s*([$€£¥₹])\s*[-+]?[\d.][^$]*
+    | [-+\d.,/\s]*\d\s*({_UNIT}(?:\s*(?:/|\bper\b)\s*{_UNIT})*))""",
     re.VERBOSE | re.IGNORECASE | re.DOTALL,
 )
 _RELATION = re.compile("[=<>]")
@@ -255,8 +256,8 @@ def answers_match(given: str | None, wanted: str) -> bool:
     rest, LaTeX, algebra and several statements ("x = 3, y = 5"), by math-verify. Fractions, powers and roots may be
     Unicode's: ½, x², √2.
 
-    A unit may be missing ("5 km" matches "5") and is never converted; two units differ where both are among _UNITS, by
-    whatever name: "5 km" does not match "5 m".
+    A unit may be missing ("5 km" matches "5", "5 km/h" matches "5 km") and is never converted; two units differ where
+    both are among _UNITS, by whatever name: "5 km" does not match "5 m", "5 m²" and "5 m/s" not "5 m^3" and "5 m/min".
 
     A list without brackets is a set, as the solutions of an equation are: "1, -2" matches "-2, 1". Where the order
     counts, write the wanted one in parentheses: "(1, 2, 3)" matches "1, 2, 3", but not "3, 2, 1".
@@ -283,9 +284,9 @@ def answers_match(given: str | None, wanted: str) -> bool:
     given_colon, wanted_colon = _COLON.fullmatch(given), _COLON.fullmatch(wanted)
     if given_colon and wanted_colon:
         return _same_colon(given_colon, wanted_colon)
-    given_units, wanted_units = _units(given), _units(wanted)
-    if given_units and wanted_units and not given_units & wanted_units:
-        return False
+    for (given_rows, given_power), (wanted_rows, wanted_power) in zip(_units(given), _units(wanted), strict=False):
+        if given_power != wanted_power or not given_rows & wanted_rows:
+            return False
     given_value, wanted_value = _number(given), _number(wanted)
     if given_value and wanted_value:
         return _same_number(given_value, wanted_value)
@@ -304,6 +305,7 @@ def _clean(text: str) -> str:
     """Without typographic variants, emphasis and what only frames an answer: $…$, \\boxed{…}, a final period."""
     text = re.sub(r"(?<=\d),\s*\\!\s*(?=\d)", ",", text)  # 11,\! 111
     text = _THOUSANDS_SPACE.sub("", text)
+    text = re.sub(r"(?<=\d)\s*\\(?:text|mathrm)\{([^{}]*)\}", r" \1", text)  # 12\text{ cm}
     text = _EMPHASIS.sub(r"\2", text)
     for old, new in (("−", "-"), ("–", "-"), ("\u00a0", " "), ("\u202f", " "), ("\\$", "$"), ("\\%", "%"), ("\\!", "")):
         text = text.replace(old, new)
@@ -370,13 +372,21 @@ def _number(text: str) -> tuple[Fraction, bool, int] | None:
     return (-value if match["sign"] == "-" else value), match["percent"] is not None, scale
 
 
-def _units(text: str) -> set[int]:
-    """Rows of _UNITS that the unit of a number may be; none without a unit that is in them."""
+def _units(text: str) -> list[tuple[set[int], int]]:
+    """(rows of _UNITS that it may be, power) of a number's unit and of each that it is per, up to the first unknown."""
     match = _WITH_UNIT.fullmatch(text)
     if match is None:
-        return set()
-    name = "".join((match[1] or match[2]).casefold().split())
-    return {row for row, names in enumerate(_UNITS) if name in names or name.removesuffix("s") in names}
+        return []
+    found = []
+    for unit in re.split(r"/|\bper\b", (match[1] or match[2]).casefold()):
+        name, _, exponent = "".join(unit.split()).partition("^")
+        power = int(exponent.strip("{}") or 2 * name.startswith("square") + 3 * name.startswith("cubic") or 1)
+        name = name.removeprefix("square").removeprefix("cubic")
+        rows = {row for row, names in enumerate(_UNITS) if name in names or name.removesuffix("s") in names}
+        if not rows:
+            break
+        found.append((rows, power))
+    return found
 
 
 def _same_number(given: tuple[Fraction, bool, int], wanted: tuple[Fraction, bool, int]) -> bool:
