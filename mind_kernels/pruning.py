@@ -11,7 +11,7 @@ of the targets are always kept. λ = rᵀDq / (‖r‖²‖q‖²) makes λ r q�
 were. It costs 4·m·V FLOP and puts a gradient in every row of dW, without which an adaptive optimiser would not move the
 rare tokens at all.
 
-Where the kept share exceeds BREAK_EVEN, or numbers are too small or too large to be sure of, the chunk is dense.
+Where the kept share exceeds what breaks even, or numbers are too small or too large to be sure of, it is dense.
 
 The choice is made on the device and waits for nothing. This file goes on in PyTorch, whose products need to know on the
 host how many columns are kept: on a GPU that waits once a chunk. triton_columns.py goes on without.
@@ -28,14 +28,15 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mind_kernels.products import product, project
+from mind_kernels.products import TILE, product, project
 
-BREAK_EVEN = 0.5  # kept share from which gathering costs more than it saves
+BREAK_EVEN = 0.5  # kept share from which gathering costs more than it saves,
+BREAK_EVEN_16_BITS = 0.25  # on a CPU whose 16-bit products are quick
 SAFETY = 1 - 2**-10  # the column sums are fp32: far more than their rounding
 UNITS = 2**60  # of which ‖G‖² is made
 SAMPLE_ROWS = 64  # of a chunk that are asked whether it may be dense
 SMALLEST = 1e-25  # below this share of ‖G‖², squares that underflow could add up to something
-TILE_ROWS, TILE_COLUMNS = 64, 8192  # of squares that stay in a core's cache
+TILE_ELEMENTS, TILE_ROWS = 2**19, 64  # of fp32 copies that stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def columns_to_drop(
     square: Tensor,  # (V,) Σ_n G²
     targets: Tensor,  # (m,) int64, columns that are kept whatever they hold
     pruning: GradientPruning,
+    break_even: float = BREAK_EVEN,
 ) -> Dropped:
     """As many columns as the certificate allows, or none. Waits for nothing."""
     V = len(square)
@@ -134,7 +136,7 @@ def columns_to_drop(
     free = V - torch.isinf(order_by).sum()  # inf is also what a column beyond all measure holds
     found = (dropped_square <= int(share * UNITS)).sum().clamp(max=free)
     is_sure = (share * total > SMALLEST) & (share * total < torch.inf)  # False for NaN
-    num_dropped = torch.where(is_sure & (V - found <= BREAK_EVEN * V), found, 0)
+    num_dropped = torch.where(is_sure & (V - found <= break_even * V), found, 0)
     is_dropped = torch.arange(V, device=square.device) < num_dropped
     certificate = torch.where(num_dropped > 0, (ascending.where(is_dropped, 0.0).sum() / total).sqrt(), 0.0)
     return Dropped(order, num_dropped, certificate)
@@ -174,7 +176,7 @@ class Columns(NamedTuple):
         product(self.G, W.index_select(0, self.kept), dX)  # (m, k) @ (k, H) -> (m, H)
         if self.row_factor is None or self.column_mass is None:
             return dX
-        mean = _times(W.t(), self.column_mass)  # (H, V) @ (V,)
+        (mean,) = _times(W.t(), self.column_mass.unsqueeze(0))  # (H, V) @ (V,)
         return dX.to(mean.dtype).addr_(self.row_factor, mean)
 
     def add_grad_weight_(self, total: Tensor, X: Tensor) -> None:
@@ -190,18 +192,19 @@ def choose_columns(
     """The fewest columns that meet the certificate; None where the chunk is better dense.
 
     Waits for the device to learn how many they are. On a CPU, which need not wait, some of many rows are asked first:
-    where these alone need more than BREAK_EVEN of the columns, all will, and a student that is sure of nothing pays for
+    where these alone need more than break_even of the columns, all will, and a student that is sure of nothing pays for
     no more than the question.
     """
     m = len(G)
+    break_even = BREAK_EVEN_16_BITS if G.device.type == "cpu" and G.dtype.itemsize == 2 else BREAK_EVEN
     if m >= 8 * SAMPLE_ROWS and G.device.type == "cpu":
         some = slice(0, m // SAMPLE_ROWS * SAMPLE_ROWS, m // SAMPLE_ROWS)
-        dropped = columns_to_drop(_column_sums(G[some])[0], targets[some], pruning)
+        dropped = columns_to_drop(_column_sums(G[some])[0], targets[some], pruning, break_even)
         if int(dropped.num_dropped) == 0:
             dropped.record(m)
             return None
     square, mass = _column_sums(G)
-    dropped = columns_to_drop(square, targets, pruning)
+    dropped = columns_to_drop(square, targets, pruning, break_even)
     dropped.record(m)
     num_dropped = int(dropped.num_dropped)
     if num_dropped == 0:
@@ -211,7 +214,7 @@ def choose_columns(
     if pruning.correction:
         column_mass = mass.index_fill_(0, kept, 0.0)
         is_dropped = torch.ones_like(mass).index_fill_(0, kept, 0.0)
-        row_factor = correction_factor(_times(G, is_dropped), _times(G, column_mass), column_mass)
+        row_factor = correction_factor(*_times(G, torch.stack([is_dropped, column_mass])), column_mass)
     # (m, k). index_select takes five times as long where rows do not lie end to end.
     kept_G = G.gather(1, kept.expand(m, -1))
     return Columns(kept, kept_G, row_factor, column_mass)
@@ -231,25 +234,32 @@ def _column_sums(G: Tensor) -> tuple[Tensor, Tensor]:
     (m, V), dtype = G.shape, torch.promote_types(G.dtype, torch.float32)
     if G.device.type != "cpu":
         return torch.linalg.vector_norm(G, dim=0, dtype=dtype).square_(), G.sum(0, dtype=dtype)
-    # A CPU's reduction over the first axis goes through memory for each row; a product with a row of ones does not.
-    square, mass = torch.zeros(2, 1, V, dtype=dtype, device=G.device)
-    ones = torch.ones(1, min(TILE_ROWS, m), dtype=dtype, device=G.device)
-    squares = torch.empty(TILE_ROWS, min(TILE_COLUMNS, V), dtype=dtype, device=G.device)
-    for n in range(0, m, TILE_ROWS):
-        for v in range(0, V, TILE_COLUMNS):
-            tile = G[n : n + TILE_ROWS, v : v + TILE_COLUMNS].to(dtype)
-            rows, columns = tile.shape
-            s = torch.mul(tile, tile, out=squares[:rows, :columns])
-            square[:, v : v + columns] += torch.mm(ones[:, :rows], s)
-            mass[:, v : v + columns] += torch.mm(ones[:, :rows], tile)
-    return square[0], mass[0]
+    # A CPU's reduction over the first axis goes through memory for each row. These sums of every so many rows do not.
+    rows = min(m, max(1, TILE_ELEMENTS // 2 // V))
+    square, mass = torch.zeros(2, rows, V, dtype=dtype, device=G.device)
+    wide = None if G.dtype == dtype else torch.empty(rows, V, dtype=dtype, device=G.device)
+    for n in range(0, m, rows):
+        block = G[n : n + rows]
+        if wide is not None:
+            block = wide[: len(block)].copy_(block)
+        square[: len(block)].addcmul_(block, block)
+        mass[: len(block)].add_(block)
+    return square.sum(0), mass.sum(0)
 
 
-def _times(A: Tensor, vector: Tensor) -> Tensor:  # (a, b) @ (b,) -> (a,)
-    """A product in the precision of the vector; a 16-bit A is widened a tile at a time."""
-    if A.dtype == vector.dtype:
-        return torch.mv(A, vector)
-    total = vector.new_zeros(A.shape[0])
-    for b in range(0, A.shape[1], TILE_COLUMNS):
-        total.addmv_(A[:, b : b + TILE_COLUMNS].to(vector.dtype), vector[b : b + TILE_COLUMNS])
+def _times(A: Tensor, vectors: Tensor) -> Tensor:  # (a, b), (c, b) -> (c, a)
+    """A times each vector, in the precision of the vectors; a 16-bit A is widened a tile at a time."""
+    if A.dtype == vectors.dtype:
+        return torch.mm(A, vectors.t()).t()
+    (a, b), on_cpu, by_row = A.shape, A.device.type == "cpu", A.stride(1) == 1
+    rows = min(a, TILE_ROWS) if on_cpu and by_row else a
+    columns = min(b, max(1, TILE_ELEMENTS // rows) if on_cpu else TILE)
+    wide = vectors.new_empty(rows, columns) if by_row else vectors.new_empty(columns, rows).t()
+    total = vectors.new_zeros(len(vectors), a)
+    for n in range(0, a, rows):
+        for v in range(0, b, columns):
+            tile = A[n : n + rows, v : v + columns]
+            tile = wide[: tile.shape[0], : tile.shape[1]].copy_(tile)
+            for sums, vector in zip(total, vectors, strict=True):
+                sums[n : n + rows].addmv_(tile, vector[v : v + columns])
     return total
