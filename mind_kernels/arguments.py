@@ -5,12 +5,14 @@ Errors name the argument, what was given and what is wanted.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import logging
 import math
 import numbers
 import os
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import is_dataclass
 from typing import Any, NamedTuple
@@ -64,27 +66,41 @@ def refuse_second_derivative() -> None:
         raise RuntimeError("backward: given create_graph=True, wanted False: there is no second derivative")
 
 
-def tensor_versions(options: Any) -> list[int]:
-    """How often each tensor of a dataclass, and of those within it, was changed in place."""
-    versions: list[int] = []
-    for value in vars(options).values():
-        if isinstance(value, Tensor):
-            versions += [] if value.is_inference() else [value._version]  # inference tensors do not count
-        elif is_dataclass(value):
-            versions += tensor_versions(value)
-    return versions
+class _Saved(NamedTuple):
+    place: int
 
 
-def refuse_changed(versions: list[int], options: Any) -> None:
-    """Called by a second backward, which makes the gradients anew, of labels and teachers that must be what they were.
+def without_tensors(options: Any) -> tuple[Any, list[Tensor]]:
+    """A copy of a dataclass without its tensors, for a graph to save them: it frees them and knows of changes in place.
 
-    Raises: RuntimeError where one of them was changed in place, as PyTorch does for what has a gradient.
+    Those made in inference mode stay: no graph saves them.
     """
-    if tensor_versions(options) != versions:
-        raise RuntimeError(
-            "backward: given labels, answer_index or a teacher modified by an inplace operation since forward, "
-            "wanted them unchanged: a second backward makes the gradients anew"
-        )
+    tensors: list[Tensor] = []
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, Tensor) and not value.is_inference():
+            tensors.append(value)
+            return _Saved(len(tensors) - 1)
+        return _map_fields(value, bare) if is_dataclass(value) else value
+
+    return _map_fields(options, bare), tensors
+
+
+def with_tensors(options: Any, tensors: Sequence[Tensor]) -> Any:
+    """without_tensors, undone."""
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, _Saved):
+            return tensors[value.place]
+        return _map_fields(value, whole) if is_dataclass(value) else value
+
+    return _map_fields(options, whole)
+
+
+def _map_fields(options: Any, function: Callable[[Any], Any]) -> Any:
+    mapped = copy.copy(options)
+    vars(mapped).update({name: function(value) for name, value in vars(options).items()})
+    return mapped
 
 
 def require(condition: bool, message: str) -> None:

@@ -29,23 +29,22 @@ from torch import Tensor
 from mind_kernels.arguments import (
     current_device,
     product_dtype,
-    refuse_changed,
     refuse_second_derivative,
-    tensor_versions,
+    with_tensors,
     without_autocast,
+    without_tensors,
 )
 from mind_kernels.chunking import Chunk, plan_chunks, row_buffer, teacher_parts
 from mind_kernels.plan import RowLosses, SweepOptions, make_plan
 from mind_kernels.products import TILE, adds_wide_products, has_wide_products, product, project
 from mind_kernels.pruning import ChunkColumns, GradientPruning, choose_columns, most_kept
-from mind_kernels.reduction import multiply_, statistics_dtype, weighted_sum
+from mind_kernels.reduction import fp16_head_scale, multiply_, statistics_dtype, weighted_sum
 from mind_kernels.teacher_rows import TeacherRows
 from mind_kernels.teachers import TeacherHidden
 from mind_kernels.torch_rows import TorchRows
 
 # A 16-bit weight gradient is summed in 16 bits over at most so many chunks. Rounding the sum n times adds about √n
-# roundings to its error, which that of the logits hides: on SmolLM2's hidden states dW is off by 0.75 to 0.82 % with an
-# fp32 sum, by 0.84 % with 8 roundings, 1.0 % with 32, 1.2 % with 48 and 64; plain PyTorch's by 0.78 %.
+# roundings to its error, which that of the logits hides: README.md has the errors on SmolLM2's hidden states.
 MOST_ROUNDINGS = 40
 
 
@@ -53,10 +52,11 @@ class SweepResult(NamedTuple):
     cross_entropy: Tensor  # (R,) per rationale, reduced
     kl: Tensor  # (R,) per rationale, reduced, τ^p included
     jsd: Tensor | None  # (B, K, K) mean over the answer positions
-    grad_hidden_states: Tensor | None  # all gradients are of loss / gradient_scale
-    grad_lm_head_weight: Tensor | None
-    grad_lm_head_bias: Tensor | None
+    grad_hidden_states: Tensor | None  # of loss / gradient_scale
+    grad_lm_head_weight: Tensor | None  # of loss / head_gradient_scale
+    grad_lm_head_bias: Tensor | None  # as the weight's
     gradient_scale: float | Tensor
+    head_gradient_scale: float | Tensor
 
 
 class _WeightGradient:
@@ -155,6 +155,10 @@ def sweep(
         is_16_bits = lm_head_weight.dtype == compute_dtype and num_products <= most_roundings
         sum_dtype = compute_dtype if is_16_bits else stats
         weight_gradient = _WeightGradient(V, H, compute_dtype, sum_dtype, device)
+    head_scale: float | Tensor = 1.0
+    if need_grad_weight or need_grad_bias:
+        largest = 2 * max(1.0, abs(options.logit_scale)) * max(1.0, options.kl.gradient_scale)
+        head_scale = fp16_head_scale(X_all, rows.order[: rows.num_with_gradient], largest, compute_dtype)
 
     losses_and_gradient_: Callable[[Tensor, Tensor, Chunk, TeacherRows | None], None]
     choose: Callable[[Tensor, Tensor, GradientPruning], ChunkColumns | None]
@@ -195,6 +199,7 @@ def sweep(
                 dX = product(G, W, torch.empty_like(X)) if columns is None else columns.grad_hidden_states(W)
                 grad_hidden_states[index] = dX.to(X_all.dtype)  # (m, V) @ (V, H) -> (m, H)
             if weight_gradient is not None:
+                X = X if isinstance(head_scale, float) else X.div_(head_scale)  # of this chunk alone
                 if columns is not None and prunes_weight:
                     weight_gradient.add_columns(columns, X)
                 else:
@@ -214,8 +219,9 @@ def sweep(
         row_losses.jsd,
         grad_hidden_states,
         None if weight_gradient is None else weight_gradient.finish(lm_head_weight.dtype),
-        None if grad_bias is None or lm_head_bias is None else grad_bias.to(lm_head_bias.dtype),
+        None if grad_bias is None or lm_head_bias is None else (grad_bias / head_scale).to(lm_head_bias.dtype),
         plan.gradient_scale,
+        plan.gradient_scale * head_scale,
     )
 
 
@@ -272,9 +278,10 @@ class _LinearLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:4]]
         tensors = hidden_states, lm_head_weight, lm_head_bias, rationale_weights
-        ctx.sweep_arguments, ctx.versions = (options, compute_dtype, needs), tensor_versions(options)
-        losses, ctx.result, ctx.grad_weights = linear_loss_and_gradients(*tensors, *ctx.sweep_arguments)
-        ctx.save_for_backward(*tensors)
+        losses, ctx.result, ctx.grad_weights = linear_loss_and_gradients(*tensors, options, compute_dtype, needs)
+        ctx.options, option_tensors = without_tensors(options)
+        ctx.compute_dtype, ctx.needs, ctx.weights_dtype = compute_dtype, needs, rationale_weights.dtype
+        ctx.save_for_backward(*tensors, *option_tensors)
         ctx.mark_non_differentiable(*losses[1:])
         return tuple(losses)
 
@@ -282,17 +289,17 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         result, ctx.result = ctx.result, None
-        tensors = ctx.saved_tensors
-        if result is None:
-            refuse_changed(ctx.versions, ctx.sweep_arguments[0])
+        if result is None:  # only now is looked at what was saved: a checkpoint would make it anew
+            X, W, b, weights, *option_tensors = ctx.saved_tensors
+            options = with_tensors(ctx.options, option_tensors)
             with without_autocast(grad_loss.device), current_device(grad_loss.device):
-                result = sweep(*tensors, *ctx.sweep_arguments)
-        factor = grad_loss * result.gradient_scale
+                result = sweep(X, W, b, weights, options, ctx.compute_dtype, ctx.needs)
         gradients = [result.grad_hidden_states, result.grad_lm_head_weight, result.grad_lm_head_bias]
-        for gradient in gradients:
+        scales = [result.gradient_scale, result.head_gradient_scale, result.head_gradient_scale]
+        for gradient, scale in zip(gradients, scales, strict=True):
             if gradient is not None:
-                multiply_(gradient, factor, ctx.sweep_arguments[0].backend)
-        grad_weights = (grad_loss * ctx.grad_weights).to(tensors[3].dtype) if ctx.needs_input_grad[3] else None
+                multiply_(gradient, grad_loss * scale, ctx.options.backend)
+        grad_weights = (grad_loss * ctx.grad_weights).to(ctx.weights_dtype) if ctx.needs_input_grad[3] else None
         return *gradients, grad_weights, None, None, None
 
 

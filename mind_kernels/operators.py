@@ -108,7 +108,7 @@ def _linear_loss(
     option_tensors: Sequence[Tensor | None],
     settings: str,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     described = json.loads(settings)
     options = _unpack(SweepOptions, option_tensors, described["options"])
     compute_dtype = getattr(torch, described["compute_dtype"])
@@ -124,6 +124,7 @@ def _linear_loss(
     return (  # type: ignore[return-value]
         *(tensor.clone() for tensor in losses),  # an operator's results share no memory
         _scale_like(losses.loss, result.gradient_scale),
+        _scale_like(losses.loss, result.head_gradient_scale),
         _or_empty(result.grad_hidden_states, hidden_states),
         _or_empty(result.grad_lm_head_weight, lm_head_weight),
         _or_empty(result.grad_lm_head_bias, hidden_states),
@@ -151,7 +152,7 @@ def _(
     # The gradients of head and bias are contiguous, whatever they are.
     like_bias = lm_head_bias if lm_head_bias is not None and needs[2] else hidden_states
     return (
-        new(), new(R), new(R), new(), new(),
+        new(), new(R), new(R), new(), new(), new(),
         torch.empty_like(hidden_states) if needs[0] else hidden_states.new_empty(0),
         lm_head_weight.new_empty(lm_head_weight.shape if needs[1] else (0,)),
         like_bias.new_empty(len(like_bias) if like_bias is lm_head_bias else 0),
@@ -167,8 +168,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
-    scale, *gradients, grad_weights = ctx.saved_tensors
-    scaled = _scaled(gradients, grad_loss * scale, ctx.needs[:3])
+    scale, head_scale, for_hidden, *for_head, grad_weights = ctx.saved_tensors
+    scaled = _scaled([for_hidden], grad_loss * scale, ctx.needs[:1])
+    scaled += _scaled(for_head, grad_loss * head_scale, ctx.needs[1:3])
     (for_weights,) = _scaled([grad_weights], grad_loss, ctx.needs[3:])
     for_weights = None if for_weights is None else for_weights.to(ctx.weights_dtype)
     return *scaled, for_weights, ctx.no_gradients, None, None

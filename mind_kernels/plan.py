@@ -125,7 +125,7 @@ def make_plan(
         reduce = RationaleReduction(per_question, options.rationale_id, is_label, options.reduction)
         if by_index:  # the weights are not looked at
             supervised[options.supervised_index] = True
-            has_gradient = supervised if need_gradient else has_gradient
+            has_gradient = supervised if need_gradient else torch.zeros_like(supervised)
         else:
             supervised = is_label
             has_gradient = reduce.weight != 0 if need_gradient else has_gradient

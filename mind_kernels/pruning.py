@@ -214,7 +214,8 @@ def choose_columns(
     if pruning.correction:
         column_mass = mass.index_fill_(0, kept, 0.0)
         is_dropped = torch.ones_like(mass).index_fill_(0, kept, 0.0)
-        row_factor = correction_factor(*_times(G, torch.stack([is_dropped, column_mass])), column_mass)
+        r, Dq = _times(G, torch.stack([is_dropped, column_mass]))
+        row_factor = correction_factor(r, Dq, column_mass)
     # (m, k). index_select takes five times as long where rows do not lie end to end.
     kept_G = G.gather(1, kept.expand(m, -1))
     return Columns(kept, kept_G, row_factor, column_mass)

@@ -30,6 +30,24 @@ def fp16_scale(coefficients: Sequence[Tensor], dtype: torch.dtype) -> float | Te
     return torch.where(largest > 0, largest, 1.0)
 
 
+def fp16_head_scale(
+    hidden_states: Tensor,  # (N, H)
+    rows: Tensor,  # (n,) those with a gradient
+    largest: float,  # entry of G, of coefficients that fp16_scale has divided
+    dtype: torch.dtype,
+) -> float | Tensor:
+    """A power of two by which X is divided in dW = Gᵀ X, and `backward` multiplies: 1 but for fp16.
+
+    That has no room for the sum over thousands of rows of one label: |dW| ≤ n·max|G|·max|X| is kept below 2¹⁵.
+    """
+    if dtype != torch.float16 or not len(rows):
+        return 1.0
+    norms = torch.linalg.vector_norm(hidden_states, torch.inf, dim=1, dtype=torch.float32)[rows]
+    bound = norms.amax().clamp(min=1.0) * (len(rows) * largest / 2**15)
+    exponent = torch.frexp(bound).exponent.clamp(min=0)  # bound < 2^exponent; 0 for inf and NaN
+    return torch.ldexp(torch.ones_like(bound), exponent)
+
+
 def multiply_(gradient: Tensor, factor: Tensor, backend: str) -> None:
     """gradient *= factor (), what `backward` is given: 1 as a rule, and then nothing is read or written.
 

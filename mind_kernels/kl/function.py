@@ -10,9 +10,9 @@ from torch import Tensor
 from mind_kernels.arguments import (
     Rationales,
     current_device,
-    refuse_changed,
     refuse_second_derivative,
-    tensor_versions,
+    with_tensors,
+    without_tensors,
 )
 from mind_kernels.kl.call import KLCall
 from mind_kernels.kl.torch_path import torch_divergences
@@ -47,28 +47,30 @@ class _TAWeightedKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, rationale_weights: Tensor, options: KLCall) -> tuple[Tensor, Tensor]:
-        ctx.options, ctx.versions = options, tensor_versions(options)
         need_gradient = options.grad_enabled and ctx.needs_input_grad[0]
         loss, losses, *ctx.gradient = kl_loss_and_gradients(logits, rationale_weights, options, need_gradient)
-        ctx.save_for_backward(logits, rationale_weights, losses)
-        rationale_losses = losses.reshape(options.rationales.losses_shape)
+        ctx.options, option_tensors = without_tensors(options)
+        ctx.losses, ctx.weights_like = losses, (rationale_weights.shape, rationale_weights.dtype)
+        ctx.save_for_backward(logits, rationale_weights, *option_tensors)
+        rationale_losses = losses.reshape(options.rationales.losses_shape).clone()  # the caller's own
         ctx.mark_non_differentiable(rationale_losses)
         return loss, rationale_losses
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         refuse_second_derivative()
-        logits, rationale_weights, losses = ctx.saved_tensors
         (grad_logits, scale), ctx.gradient = ctx.gradient, (None, 1.0)
         grad_weights = None
         if ctx.needs_input_grad[0]:
             if grad_logits is None:
-                refuse_changed(ctx.versions, ctx.options)
-                _, grad_logits, scale = _divergences(logits, rationale_weights, ctx.options, True)
+                logits, rationale_weights, *option_tensors = ctx.saved_tensors
+                options = with_tensors(ctx.options, option_tensors)
+                _, grad_logits, scale = _divergences(logits, rationale_weights, options, True)
             assert grad_logits is not None
             multiply_(grad_logits, grad_loss * scale, ctx.options.backend)
         if ctx.needs_input_grad[1]:
-            grad_weights = (grad_loss * losses).reshape(rationale_weights.shape).to(rationale_weights.dtype)
+            shape, dtype = ctx.weights_like
+            grad_weights = (grad_loss * ctx.losses).reshape(shape).to(dtype)
         return grad_logits, grad_weights, None
 
 

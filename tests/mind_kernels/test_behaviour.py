@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import mind_kernels.chunking as chunking
 import mind_kernels.linear_sweep as linear_sweep
@@ -36,6 +39,8 @@ from mind_kernels import (
 from mind_kernels.chunking import Chunk, Rows, plan_chunks, row_buffer, teacher_parts
 from mind_kernels.combined.reference import reference_mind_loss
 from mind_kernels.divergences import divergence_and_gradient, pairwise_jsd_and_gradient
+from mind_kernels.plan import SweepOptions, make_plan
+from mind_kernels.teacher_rows import KLOptions
 from mind_kernels.testing import MindCase, assert_as_good_as_plain, random_case, random_teacher, relative_error
 
 
@@ -358,11 +363,56 @@ def test_second_backward_after_a_change_of_what_has_no_gradient_is_an_error(chan
     {"labels": case.shift_labels, "teacher": teacher.logits}[changed].zero_()
     whole.backward(retain_graph=True)  # was made in forward
     on_logits.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation since forward"):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         whole.backward()
     if changed == "teacher":  # of labels the divergence keeps a mask of its own
-        with pytest.raises(RuntimeError, match="modified by an inplace operation since forward"):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             on_logits.backward()
+
+
+def test_a_loss_that_is_kept_keeps_no_teacher() -> None:
+    case = random_case(2, 3, 6, 8, 31, 2).to(torch.float32)
+    kept = []
+    for function in (
+        lambda teacher: call_mind_loss(case, teacher=TeacherLogits(teacher), kl_weight=1.0).loss,
+        lambda teacher: ta_weighted_kl(case.hidden_states @ case.lm_head_weight.t(), TeacherLogits(teacher))[0],
+    ):
+        teacher = torch.randn(2, 3, 6, 31)
+        is_alive = weakref.ref(teacher)
+        kept.append(function(teacher))
+        kept[-1].backward()
+        del teacher
+        gc.collect()
+        assert is_alive() is None
+
+
+def test_a_checkpoint_around_a_loss_sweeps_once(products) -> None:
+    case = random_case(2, 3, 6, 8, 31, 2).to(torch.float32)
+
+    def loss(hidden_states, weight):
+        return fused_linear_cross_entropy(hidden_states, weight, case.shift_labels)[0]
+
+    leaves = case.hidden_states, case.lm_head_weight
+    wanted = torch.autograd.grad(loss(*leaves), leaves)
+    num_products = {name: len(rows) for name, rows in products.items()}
+    given = torch.autograd.grad(checkpoint(loss, *leaves, use_reentrant=False), leaves)
+    assert {name: len(rows) for name, rows in products.items()} == {n: 2 * k for n, k in num_products.items()}
+    for one, other in zip(given, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_losses_are_the_caller_s_own() -> None:
+    case = random_case(2, 3, 6, 8, 31, 2).to(torch.float32)
+    logits = (case.hidden_states @ case.lm_head_weight.t()).detach()
+    teacher = TeacherLogits(torch.randn(2, 3, 6, 31))
+    gradients = []
+    for change in (lambda losses: losses, lambda losses: losses.clamp_(max=1e-3)):
+        weights = torch.full((2, 3), 1 / 3, requires_grad=True)
+        loss, losses = ta_weighted_kl(logits.requires_grad_(), teacher, weights)
+        change(losses)
+        gradients.append(torch.autograd.grad(loss, (logits, weights)))
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_second_order_gradient_is_an_error() -> None:
@@ -466,6 +516,51 @@ def test_fp16_keeps_small_gradients_under_a_loss_scale() -> None:
     )
     (wanted,) = torch.autograd.grad(loss * 2.0**16, exact.lm_head_weight)
     assert relative_error(gradient, wanted) < 2e-3
+
+
+@pytest.mark.parametrize("case", ["eager", "compiled", "chunks", "pruned", "autocast", "triton"])
+def test_fp16_gradient_of_the_head_has_room_for_many_rows_of_one_label(case: str) -> None:
+    """Each entry of dW adds up to 40,000 times 20 before the loss's 1/N and 2⁻¹⁰ are multiplied in."""
+    N = 200 if case == "triton" else 40_000
+    size = 20.0 * 40_000 / N
+    hidden = (size + torch.randn(N, 2, generator=torch.Generator().manual_seed(0))).half()
+    labels = torch.zeros(N, dtype=torch.int64)
+    weight, bias = torch.zeros(3, 2), torch.zeros(3)
+    if case == "pruned":
+        weight = torch.tensor([[-3 / size, 0.0], [3 / size, 0.0], [-1.0, 0.0]])
+    options: dict = {"chunks": {"max_logits_bytes": 3 * 2 * 5_000}, "pruned": {"gradient_tolerance": 0.2}}.get(case, {})
+
+    def function(hidden, weight, bias):
+        backend = "triton" if case == "triton" else "torch"
+        loss, _ = fused_linear_cross_entropy(hidden, weight, labels, lm_head_bias=bias, backend=backend, **options)
+        return 2.0**-10 * loss
+
+    leaves = [weight, bias] if case == "autocast" else [weight.half(), bias.half()]
+    exact = [leaf.double().requires_grad_() for leaf in leaves]
+    wanted = torch.autograd.grad(F.cross_entropy(F.linear(hidden.double(), *exact), labels) * 2.0**-10, exact)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    if case == "compiled":
+        torch._dynamo.reset()
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.float16, enabled=case == "autocast"):
+        loss = function(hidden.float() if case == "autocast" else hidden, *leaves)
+    for gradient, of in zip(torch.autograd.grad(loss, leaves), wanted, strict=True):
+        assert relative_error(gradient, of) < (0.2 if case == "pruned" else 2e-3)
+
+
+def test_forward_alone_makes_no_gradient_on_a_device_either() -> None:
+    """Its rows are known by supervised_index, and the weights are not looked at."""
+    options = SweepOptions(
+        torch.Size([2]),
+        KLOptions(),
+        cross_entropy_weight=1.0,
+        labels=torch.zeros(6, dtype=torch.int64, device="meta"),
+        rationale_id=torch.zeros(6, dtype=torch.int64, device="meta"),
+        supervised_index=torch.tensor([1, 2, 4, 5]),
+    )
+    for need_gradient in (True, False):
+        plan = make_plan(6, torch.ones(2, device="meta"), options, torch.float32, need_gradient, False)
+        assert plan.rows.num_with_gradient == (4 if need_gradient else 0) and len(plan.rows.order) == 4
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
