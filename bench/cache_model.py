@@ -25,15 +25,13 @@ CROSS_ENTROPY = ((660, False), (660, True), (264, True))
 WITH_TEACHER = ((396, False), (396, True), (132, True))
 
 
-def share_found(
-    row_bytes: int, programs: int, cache_bytes: int, turns: bool, rows_at_once: int = 1, seed: int = 0
-) -> float:
+def share_found(row_bytes: int, programs: int, cache_bytes: int, turns: bool, rows_at_once: int = 1) -> float:
     """Share of the second reading's blocks that the cache holds, in [0, 1].
 
     turns: the second reading goes from the row's end to its beginning, and marks its blocks to be given up first.
     rows_at_once: 2 for a student's row beside a teacher's.
     """
-    generator = random.Random(seed)
+    generator = random.Random(0)
     blocks, room = -(-row_bytes // BLOCK_BYTES), cache_bytes // BLOCK_BYTES
     kept: OrderedDict[tuple[int, int, int], None] = OrderedDict()
     marked: OrderedDict[tuple[int, int, int], None] = OrderedDict()

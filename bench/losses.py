@@ -5,7 +5,15 @@
 
 On a CPU a provider that takes minutes at a case (bench/shapes.py) is left out of it, unless --providers names it. The
 file is written after every case. When the minutes are used up, the rows that remain say "not run", so a run can be
-split by --cases, --providers and --rows into several files, which `python -m bench.report` reads together.
+split by --cases, --providers and --rows into several files, which `python -m bench.report` reads together. Beside those
+of `make bench`, bench/results holds
+
+    cpu-large-heads    --cases gemma3-270m qwen2.5-1.5b llama-3.1-8b --rows 256 --dtypes float32 bfloat16 --minutes 30
+                       --providers mind pytorch pytorch-compiled cce-torch-compile trl
+    cpu-losses-fp32    --cases smollm2-135m-real smollm2-135m-mind-real smollm2-135m-kl smollm2-135m-jsd --minutes 30
+                       --dtypes float32 --providers the same, liger-chunked torch-linear-ce torch-linear-ce-accurate
+    cpu-linear-ce      --cases smollm2-135m-real --rows 1024 --minutes 30
+                       --providers mind pytorch torch-linear-ce torch-linear-ce-accurate
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ TOLERANCE_ROWS, LOSS_BLOCKS = 250, 8
 REFERENCE_FLOP = {"cpu": 1e12, "cuda": 4e14}  # some seconds in the reference's dtype: more rows than that are cut
 PRODUCT_ROWS = 16_384  # of a bare product, so that (N, V) fits
 COPY_BYTES = 2**28
-SLOW_SECONDS, SLOW_FACTOR = 1.5, 1.5  # of a training step, times the bare products: beyond both measured once
+SLOW_SECONDS, SLOW_FACTOR = 1.5, 3.0  # of a training step, times the bare products: beyond both measured once
 HEAD_START = 4_000_000  # cycles, 2 ms of an H100
 REPETITIONS = {"cpu": (3, 15), "cuda": (7, 50)}  # at least, at most
 
@@ -462,7 +463,7 @@ def git(*arguments: str) -> str:
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Device, commit and versions: what a number is worth nothing without.
+    """Device, commit, versions and time: what a number is worth nothing without.
 
     Where git cannot tell, the commit is what the variable GIT_COMMIT says, else None.
     """
@@ -477,6 +478,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     return {
         "device": name,
         "commit": git("rev-parse", "HEAD") + changes or os.environ.get("GIT_COMMIT"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "versions": {package: version(package) for package in packages},

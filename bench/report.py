@@ -35,14 +35,14 @@ NOISE = 0.05  # two peaks this close are called the same
 Document = dict[str, Any]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Markdown; the first `left` columns are left-aligned."""
-    rule = ["---" if i < left else "---:" for i in range(len(header))]
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown; all but the first column are right-aligned."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
     return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
 
 
 def merge(documents: Sequence[Document]) -> dict[str, Document]:
-    """Cases of several runs on one device by their id; a provider's row comes from the last run that tried it."""
+    """Cases of several runs on one device by their id; a provider's row comes from the last document that tried it."""
     cases: dict[str, Document] = {}
     for document in documents:
         for case in document["cases"]:
@@ -164,9 +164,10 @@ def case_section(case: Document) -> list[str]:
         cells = []
         for row in sorted(ok, key=lambda row: ratio(row, case)):
             times = row["times"]
+            name = f"**{row['provider']}**" if is_ours(row["provider"]) else row["provider"]
             cells.append(
                 [
-                    f"**{row['provider']}**" if is_ours(row["provider"]) else row["provider"],
+                    name if row.get("rounds", case["rounds"]) > 1 else f"{name} (one cold step)",
                     f"{times['forward']['p50']:.1f}" if "forward" in times else "–",
                     f"{times['backward']['p50']:.1f}",
                     *(f"{times['both'][p]:.1f}" for p in ("p20", "p50", "p80")),
@@ -328,7 +329,8 @@ def memory_section(cases: dict[str, Document]) -> list[str]:
     intro = (
         "Computed, not measured: the largest N of the loss alone (hidden states, head, their gradients and what the "
         "provider needs; no model and no optimiser beside it), 5 % of the memory kept free. A peer's from the line "
-        "through its two largest measured peaks; this project's from its documented peak, which the budget bounds."
+        "through its two largest measured peaks; this project's from its documented peak, which the budget bounds. A "
+        "peer that was measured at one N alone is not in it, though it may bound its logits, too."
     )
     ran_out = [
         f"- measured: {case['id']}: {_listing(names)} out of memory"
@@ -417,7 +419,7 @@ def device_section(device: str, documents: Sequence[Document], plots: Path, fold
     lines = [
         f"# {device}",
         "",
-        f"Commit {_commits(documents)}. {known}." + (f" Not there: {missing}." if missing else ""),
+        f"Commit {commits_of(documents)}. {known}." + (f" Not there: {missing}." if missing else ""),
     ]
     lines += [""]
     slug = _slug(device)
@@ -483,9 +485,8 @@ def headline(documents: Sequence[Document]) -> list[str]:
                 ]
             )
         if cells:
-            commits = sorted({str(document["environment"]["commit"])[:12] for document in of})
             lines += [
-                f"{device}, commit {', '.join(commits)}: forward + backward, × the roofline, and peak memory.",
+                f"{device}, commit {commits_of(of)}: forward + backward, × the roofline, and peak memory.",
                 "",
             ]
             header = ["case", "this project", "plain PyTorch", "fastest peer", "leanest peer", "gradients alone"]
@@ -493,7 +494,7 @@ def headline(documents: Sequence[Document]) -> list[str]:
     return lines
 
 
-def _commits(documents: Sequence[Document]) -> str:
+def commits_of(documents: Sequence[Document]) -> str:
     """Twelve digits of each, and whether the sources had changes."""
     commits = {str(document["environment"]["commit"]).partition("+") for document in documents}
     return ", ".join(sorted(commit[:12] + plus + changes for commit, plus, changes in commits))
@@ -560,6 +561,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ValueError as error:
             if args.files:  # other programs' files in bench/results are none of ours
                 parser.error(str(error))
+    documents.sort(
+        key=lambda document: document["environment"].get("time", "")
+    )  # the last run last; older ones lack it
     if not documents:
         parser.error(f"{RESULTS}: holds no JSON of bench.losses or bench.steps, want some")
     try:

@@ -4,9 +4,9 @@
 
 Intervals are 95 % bootstrap intervals over questions and seeds: both are drawn, since with another seed a student
 answers other questions. Three seeds are few to draw from; one says nothing of others, its interval is over questions
-alone. A difference is paired: the same questions, this method minus the baseline. ± is the standard deviation over
-seeds. The rank correlation of the assistant's scores and the student's losses, within a question, is −1 when perfectly
-calibrated.
+alone. A difference is paired: the same questions and seeds, this method minus the baseline. ± is the standard deviation
+over seeds. The rank correlation of the assistant's scores and the student's losses, within a question, is −1 when
+perfectly calibrated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bench.report import table
+from bench.report import commits_of, table
 from experiments.common import RESULTS
 from experiments.methods import METHODS, UNTRAINED
 from mind.bootstrap import DRAWS, interval
@@ -113,7 +113,11 @@ def methods_section(documents: Sequence[Document], output: Path) -> list[str]:
             runs = by_method[method]
             difference = "–"
             if baseline and runs is not baseline and not method.startswith(UNTRAINED):
-                difference = _percent(_correct(runs, "test"), f"{data} {method}", _correct(baseline, "test"), "+")
+                seeds = set.intersection(*({run["settings"]["seed"] for run in of} for of in (runs, baseline)))
+                both = [[run for run in of if run["settings"]["seed"] in seeds] for of in (runs, baseline)]
+                if seeds:
+                    mine, others = (_correct(of, "test") for of in both)
+                    difference = _percent(mine, f"{data} {method}", others, "+")
             trained = not method.startswith(UNTRAINED)
             logs = [run.get("log", {}) for run in runs]
             scored = trained and all(log["rank_correlation"] for log in logs)
@@ -238,8 +242,7 @@ def _plot_methods(by_method: dict[str, list[Document]], path: Path) -> None:
 
 def _where(group: Sequence[Document]) -> str:
     devices = sorted({document["environment"]["device"] for document in group})
-    commits = sorted({document["environment"]["commit"][:10] for document in group})
-    return f"Measured on {'; '.join(devices)}; commit {', '.join(commits)}."
+    return f"Measured on {'; '.join(devices)}; commit {commits_of(group)}."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
