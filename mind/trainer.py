@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -34,6 +35,7 @@ from mind.checkpoint import PARTIAL_PREFIX, STATE_FILE, publish, read_state, rem
 from mind.collator import QuestionBatch, SharedPrompts, collate, shared_prompts, student_inputs
 from mind.config import SHARDING, MindConfig
 from mind.data import EncodedQuestion, MindDataset
+from mind.evaluation import generation_stop_ids
 from mind.feedback import Feedback, peak_memory_bytes, summarise
 from mind.generate.topk import TopKTeacher
 from mind.prompt_attention import needs_autocast, readable
@@ -557,7 +559,12 @@ class MindTrainer(Trainer):
     # Saving and resuming
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, and the teaching assistant beside the student."""
+        """Trainer's, and the teaching assistant beside the student, which stops by itself where it was taught to."""
+        # The end of the turn need not be the EOS that its settings name. Under adapters those of the base are read.
+        student = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if student.generation_config is not None:
+            assert isinstance(self.processing_class, PreTrainedTokenizerBase)
+            student.generation_config.eos_token_id = generation_stop_ids(student, self.processing_class)
         super().save_model(output_dir, _internal_call)
         if self.calibrator is not None and self.args.should_save:
             self.calibrator.assistant.save(output_dir or self.args.output_dir, self.perspectives)
@@ -667,8 +674,6 @@ def _check_lengths(dataset: MindDataset, model: PreTrainedModel) -> None:
 
 
 def _with_lora(model: PreTrainedModel, args: MindConfig) -> Any:
-    from peft import LoraConfig, get_peft_model  # here because only LoRA needs peft
-
     lora = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,

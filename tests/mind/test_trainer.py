@@ -31,6 +31,7 @@ from mind.cli import parse_train
 from mind.collator import QuestionBatch
 from mind.config import MindConfig
 from mind.data import EncodedQuestion, MindDataset, load_records
+from mind.run import _save_student
 from mind.trainer import MindTrainer
 
 from .test_attach import varlen_attention
@@ -669,6 +670,39 @@ def test_the_saved_folder_is_a_model_and_an_assistant(tmp_path: Path) -> None:
     assert names == PERSPECTIVES
     for name, tensor in trainer.assistant.state_dict().items():  # type: ignore[union-attr]
         assert torch.equal(assistant.state_dict()[name], tensor), name
+
+
+def student_that_ends_its_turn(end: int) -> LlamaForCausalLM:
+    """Every token's hidden state is the same, and the head's most probable token is `end`."""
+    student = tiny_student(tie_word_embeddings=False)
+    student.get_input_embeddings().weight.data.fill_(1.0)
+    for layer in student.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    student.lm_head.weight.data.zero_()[end] = 1.0
+    return student
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_the_saved_student_stops_where_it_was_taught_to(use_lora: bool, tmp_path: Path) -> None:
+    """A base model's tokenizer has a template whose end of turn is not the EOS that its generation settings name."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    student = student_that_ends_its_turn(end)
+    assert student.generation_config.eos_token_id == tokenizer.eos_token_id != end  # type: ignore[union-attr]
+    ids = torch.tensor([[1, 2, 3]])
+    assert student.generate(ids, max_new_tokens=5, do_sample=False).shape[1] == 8  # type: ignore[operator]
+    dataset = MindDataset(load_records(raw_records(2)), tokenizer, perspectives=PERSPECTIVES)
+    args = config(tmp_path, method="no_fusion", use_lora=use_lora)
+    trainer = MindTrainer(student, args, dataset, processing_class=tokenizer)
+    trainer.save_model()
+    assert trainer.model.generate(input_ids=ids, max_new_tokens=5, do_sample=False).shape[1] == 4  # type: ignore[operator]
+    _save_student(trainer)  # which merges adapters
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert saved.generate(ids, max_new_tokens=5, do_sample=False).tolist() == [[1, 2, 3, end]]
+    assert set(saved.generation_config.eos_token_id) == {end, tokenizer.eos_token_id}
 
 
 def test_bf16_autocast_trains_and_restores_the_forward(tmp_path: Path) -> None:
