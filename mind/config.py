@@ -27,6 +27,7 @@ REFUSED = (
     ("include_num_input_tokens_seen", "no", "supervised tokens per second are logged instead"),
     ("remove_unused_columns", False, "batches are questions, not columns"),
     ("push_to_hub", False, "what is uploaded is renamed meanwhile; upload output_dir/student after the run"),
+    ("dataloader_num_workers", 0, "questions are tokenised and in memory, which a process of its own would only copy"),
     ("fsdp", None, SHARDING),
     ("deepspeed", None, SHARDING),
     ("parallelism_config", None, SHARDING),

@@ -18,7 +18,7 @@ from mind_kernels.chunking import to_device
 
 @dataclass(frozen=True)
 class Feedback:
-    """What one micro-batch told, kept until it is checked, learned from and logged."""
+    """What one micro-batch told, kept until the end of its optimiser step."""
 
     batch: QuestionBatch
     scores: Tensor | None  # (B, K), None without a teaching assistant
@@ -35,14 +35,14 @@ class Feedback:
 
 
 def summarise(
-    feedback: Sequence[Feedback], config: MindConfig, perspectives: Sequence[str], *, steps: float, seconds: float
-) -> dict[str, tuple[float, float]]:
-    """What is logged, each as (sum, what the sum is to be divided by), so that ranks can be added up. In nats.
+    feedback: Sequence[Feedback], config: MindConfig, perspectives: Sequence[str], *, steps: float
+) -> dict[str, Tensor]:
+    """What is logged, each as (sum, what the sum is divided by), so that steps and ranks can be added up. In nats.
 
     cross_entropy, consistency, kl: the loss's parts before their weights, per optimiser step (`consistency` is the
         symmetric KL in mcc_kd, and not measured where its weight is 0; `kl` only with a teacher)
     selected_rationales: |I| per question. weight_entropy: of α, per question
-    supervised_tokens_per_second
+    supervised_tokens_per_second: divided by 0 yet, the seconds are the caller's
     with gradient_tolerance, per row of logits with a gradient: kept_share of the vocabulary in the backward products,
         certificate (the dropped part of the logit gradient's norm), dense_share (rows in chunks that stayed dense)
     perspective_selected/<name>: the share of its rationales that were selected
@@ -51,7 +51,9 @@ def summarise(
     perspective_score/<name>; and over the questions all of whose rationales were measured: meta_loss: L_meta;
         rank_correlation: of score and loss, −1 when perfectly calibrated
 
-    steps, seconds: the optimiser steps and the time that `feedback` spans. Waits for the student's device once.
+    steps: the optimiser steps that `feedback` spans.
+
+    Returns (2,) fp64 on the host for each name. Waits for the student's device.
     """
     mask = torch.cat([item.batch.mask for item in feedback])
     weights = torch.cat([item.weights for item in feedback])
@@ -67,7 +69,7 @@ def summarise(
         totals["kl"] = (kl, steps)
     totals["selected_rationales"] = ((weights > 0).sum().item(), len(weights))
     totals["weight_entropy"] = (torch.special.entr(weights).sum().item(), len(weights))
-    totals["supervised_tokens_per_second"] = (tokens, seconds)
+    totals["supervised_tokens_per_second"] = (tokens, 0)
     chunks = [chunk for item in feedback for chunk in item.pruned]
     if chunks:
         rows = torch.tensor([chunk.rows for chunk in chunks], dtype=torch.float64)
@@ -89,7 +91,7 @@ def summarise(
         totals["meta_loss"] = (meta_loss.item() * len(scores) if len(scores) else 0.0, len(scores))
         correlation = rank_correlation(scores, losses, mask)
         totals["rank_correlation"] = (correlation.nansum().item(), (~correlation.isnan()).sum().item())
-    return totals
+    return {name: torch.tensor(pair, dtype=torch.float64) for name, pair in totals.items()}
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

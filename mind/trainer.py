@@ -110,8 +110,8 @@ class MindTrainer(Trainer):
         self._pad_token_id = processing_class.pad_token_id or 0  # masked everywhere: any token will do
         self._partial_dir: str | None = None  # while a checkpoint is being written
         self._since_step: list[Feedback] = []  # the micro-batches of the current optimiser step
-        self._since_log: list[Feedback] = []
-        self._log_start, self._log_steps = time.perf_counter(), 0
+        self._since_log: dict[str, Tensor] = {}  # what summarise makes of the steps, added up
+        self._log_start = time.perf_counter()
         self._resumed = False
         self._check_optimizer()
 
@@ -378,9 +378,11 @@ class MindTrainer(Trainer):
                 indices, losses = self.accelerator.gather((indices.to(losses.device), losses))
             self.calibrator.observe(indices, losses)
             self.calibrator.step_if_due()
-        self._since_log += self._since_step
+        # Sums, not the batches: what a run keeps must not grow until it logs. The device has been waited for already.
+        steps = 1 / self.accelerator.num_processes
+        for name, pair in summarise(self._since_step, self.args, self.perspectives, steps=steps).items():
+            self._since_log[name] = pair + self._since_log.get(name, 0)
         self._since_step = []
-        self._log_steps += 1
 
     def _average_gradients(self, assistant: TeachingAssistant) -> None:
         """Ranks hold the same assistant and the same feedback; only their dropout differs."""
@@ -504,7 +506,7 @@ class MindTrainer(Trainer):
 
     def _begin(self) -> None:
         """Before the first step, the student prepared: the assistant's warm-up, unless the run is resumed."""
-        self._since_step, self._since_log, self._log_steps = [], [], 0
+        self._since_step, self._since_log = [], {}
         if self.calibrator is not None and not self._resumed:
             # Its own generator: every rank draws the same questions.
             generator = torch.Generator().manual_seed(self.args.seed)
@@ -527,19 +529,13 @@ class MindTrainer(Trainer):
     # Logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's, with `summarise`d feedback since the last time, of all ranks, beside the training loss."""
+        """Trainer's, with the means of what was `summarise`d since the last time, of all ranks, beside the loss."""
         if "loss" in logs and self._since_log:
-            feedback, self._since_log = self._since_log, []
+            totals, self._since_log = self._since_log, {}
             now, ranks = time.perf_counter(), self.accelerator.num_processes
-            totals = summarise(
-                feedback,
-                self.args,
-                self.perspectives,
-                steps=self._log_steps / ranks,
-                seconds=(now - self._log_start) / ranks,
-            )
-            self._log_start, self._log_steps = now, 0
-            table = torch.tensor(list(totals.values()), device=self.args.device)  # (metrics, 2)
+            totals["supervised_tokens_per_second"][1] = (now - self._log_start) / ranks
+            self._log_start = now
+            table = torch.stack(list(totals.values())).float().to(self.args.device)  # (metrics, 2)
             sums, counts = self.accelerator.reduce(table, reduction="sum").cpu().unbind(-1)
             means = dict(zip(totals, (sums / counts).tolist(), strict=True))
             logs |= {name: mean for name, mean in means.items() if not math.isnan(mean)}  # NaN: there was nothing

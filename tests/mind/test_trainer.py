@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import combinations
@@ -643,6 +645,33 @@ def test_what_is_logged(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("events.out.tfevents*"))
 
 
+def test_what_is_logged_of_several_steps_is_their_mean(tmp_path: Path) -> None:
+    entries = []
+    for logging_steps in (1, 4):
+        trainer = make_trainer(tmp_path, max_steps=4, logging_steps=logging_steps)
+        trainer.train()
+        entries.append([entry for entry in trainer.state.log_history if "cross_entropy" in entry])
+    each, (mean,) = entries
+    for name in ("cross_entropy", "consistency", "selected_rationales", "weight_entropy", "meta_loss"):
+        assert mean[name] == pytest.approx(sum(entry[name] for entry in each) / 4, rel=1e-5), name
+
+
+@pytest.mark.parametrize("changes", [{"logging_strategy": "no"}, {"logging_steps": 1000}])
+def test_a_run_that_does_not_log_keeps_no_batches(changes: dict[str, Any], tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=8, **changes)
+    batches: list[weakref.ref[QuestionBatch]] = []
+    weigh = trainer._weigh
+
+    def weigh_and_watch(inputs: QuestionBatch) -> Any:
+        batches.append(weakref.ref(inputs))
+        return weigh(inputs)
+
+    trainer._weigh = weigh_and_watch  # type: ignore[method-assign]
+    trainer.train()
+    gc.collect()
+    assert len(batches) == 8 and not any(batch() for batch in batches)
+
+
 def test_a_pruned_backward_pass_is_logged(tmp_path: Path) -> None:
     entries = []
     for tolerance in (0.0, 0.3):
@@ -991,6 +1020,7 @@ def test_a_student_that_is_not_finite_from_the_start(tmp_path: Path) -> None:
         ("eval_on_start", True, "eval_on_start: given True, want False: held-out accuracy is measured"),
         ("label_smoothing_factor", 0.1, "label_smoothing_factor: given 0.1, want 0.0: the fused loss"),
         ("remove_unused_columns", True, "remove_unused_columns: given True, want False"),
+        ("dataloader_num_workers", 2, "dataloader_num_workers: given 2, want 0: questions are tokenised and in memory"),
         ("fsdp", "full_shard", "fsdp: given 'full_shard', want None: a rank measures rationales that others have not"),
         ("deepspeed", "zero3.json", "deepspeed: given 'zero3.json', want None: a rank measures rationales"),
     ],
