@@ -76,7 +76,8 @@ def attach_mind_loss(model: nn.Module, **loss_options: Any) -> MindAttachment:
         (logits_scaling, logit_scale, final_logit_softcapping).
 
     Raises: TypeError for another kind of model or an unknown option; ValueError when a loss is attached already, when
-        the head is adapted, quantised or hooked, or when the model's own logits are not what the found head gives.
+        the head is adapted, quantised or hooked, when peft's adapter is a learned prompt, or when the model's own
+        logits are not what the found head gives.
     """
     model = _unwrap(model)
     name = type(model).__name__
@@ -336,9 +337,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _unwrap(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside DistributedDataParallel and PeftModel."""
+    """The transformers model inside DistributedDataParallel and PeftModel.
+
+    Raises: TypeError for another kind of model; ValueError for adapters that are not inside it.
+    """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     if isinstance(inner, PeftModel):
+        adapter = inner.active_peft_config
+        if adapter.is_prompt_learning:  # the PeftModel puts them before the tokens, and not where the base is run
+            raise ValueError(
+                f"model: given a {type(adapter).__name__}, whose prompt the MIND loss would pass by; wanted adapters "
+                "inside the layers, such as LoRA"
+            )
         inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"model: given a {type(model).__name__}, wanted a transformers PreTrainedModel")

@@ -15,7 +15,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -510,6 +510,14 @@ def test_adapted_head_is_refused_with_the_remedy(settings: dict) -> None:
     with pytest.raises(ValueError, match="leave it out of target_modules") as error:
         attach_mind_loss(lora(**settings))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("adapter", [PrefixTuningConfig, PromptTuningConfig])
+def test_a_learned_prompt_is_refused(adapter: type[PeftConfig]) -> None:
+    """It would be trained through the PeftModel's forward and left out wherever the base model is run."""
+    model = get_peft_model(build("llama"), adapter(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match=f"^model: given a {adapter.__name__}, .*; wanted adapters inside the layers"):
+        attach_mind_loss(model)
 
 
 def _resize(model: nn.Module) -> None:
