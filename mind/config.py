@@ -148,8 +148,8 @@ class MindConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Read each question's prompt once, not once for each of its rationales, and no padding; the same "
-            "to rounding. Default: where student and teacher have nothing between tokens but attention, and that is "
-            "eager, sdpa or flash_attention_2."
+            "to rounding. Default: where student and teacher have nothing between tokens but attention, that is eager, "
+            "sdpa or flash_attention_2, and neftune_noise_alpha, whose noise depends on a row's length, is not set."
         },
     )
     max_logits_bytes: int | None = field(

@@ -454,6 +454,8 @@ class MindTrainer(Trainer):
         if self.args.share_prompt is False:
             return False
         try:
+            if self.args.neftune_noise_alpha:
+                raise ValueError("neftune_noise_alpha: its noise depends on a row's length: read the prompts unshared")
             self._attached().check_shared_prompts()
             if isinstance(self._teacher, MindAttachment):
                 self._teacher.check_shared_prompts()

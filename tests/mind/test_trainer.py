@@ -389,6 +389,11 @@ def test_prompts_are_shared_where_student_and_teacher_can(tmp_path: Path, recwar
         assert read(other) > 1
     with pytest.warns(UserWarning, match="share_prompt: each rationale's prompt is read again"):
         assert read(tiny_student(), kl_weight=0.5, teacher=other) > 1
+    # NEFTune divides its noise by the root of the row's length: of one rationale's, not of the whole micro-batch's.
+    with pytest.raises(ValueError, match=r"^neftune_noise_alpha: its noise depends on a row's length"):
+        read(tiny_student(), share_prompt=True, neftune_noise_alpha=5.0)
+    with pytest.warns(UserWarning, match="share_prompt: each rationale's prompt is read again .neftune_noise_alpha"):
+        assert read(tiny_student(), neftune_noise_alpha=5.0) > 1
 
 
 @pytest.fixture
