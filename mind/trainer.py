@@ -498,6 +498,15 @@ class MindTrainer(Trainer):
         self._check_finite(QuestionBatch(dataset.questions, mask, None), losses, mask)
         return losses.masked_fill(~mask, torch.nan)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises: TypeError: Trainer's loop reads columns, and batches are questions."""
+        raise TypeError(
+            f"{type(self).__name__}: given a data set to evaluate or predict, want measure_losses(dataset) for the "
+            "losses on its rationales, or mind.evaluation.measure_accuracy for what the student answers"
+        )
+
+    predict = evaluate
+
     def score(self, dataset: MindDataset | None = None) -> Tensor:
         """The assistant's scores (num_questions, K) of a dataset with features, 0 where there is no rationale."""
         if self.calibrator is None:

@@ -761,6 +761,12 @@ def test_measured_before_and_after_training(tmp_path: Path) -> None:
     assert trainer.measure_losses(held_out).shape == (3, 4)
 
 
+@pytest.mark.parametrize("method", ["evaluate", "predict"])
+def test_trainers_own_evaluation_names_ours(method: str, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"want measure_losses\(dataset\) for .* mind\.evaluation\.measure_accuracy"):
+        getattr(make_trainer(tmp_path), method)(tiny_dataset())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
