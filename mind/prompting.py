@@ -164,6 +164,10 @@ TOLERANCE = Fraction(1, 10**6)  # relative below 1, absolute above: two differen
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+# A unit: words, with ^2 or ^{-1}. What may be algebra is left to math-verify: one letter, xy, pi or sqrt; without a
+# space before it ab, too.
+_UNIT_BEHIND = r"""(?:(?:\s+|(?=[^\W\d_]{2}|°)(?!(?-i:(?!cc)[abcxyz]+)\b))(?!(?:[a-z]|[xyz]+|pi|sqrt)\b)
+    [^\W\d_°](?:[^\d\\=+*<>^]|\^\{?-?[1-4]\}?)*|\s*°[cf]?)?"""
 _NUMBER = re.compile(
     rf"""[$€£¥₹]?\s*(?P<sign>[-+]?)\s*[$€£¥₹]?\s*
     (?:(?P<whole>\d+)\s+(?=\d+\s*/))?                  # 3 1/2
@@ -171,10 +175,7 @@ _NUMBER = re.compile(
     (?:\s*/\s*(?P<denominator>{_DIGITS}))?
     (?:\s*(?P<scale>{"|".join(_SCALES)})s?\b)?
     (?:\s*(?:(?P<percent>%|percent\b)|[$€£¥₹¢]))?
-    # A unit: words, with ^2 or ^{-1}. What may be algebra is left to math-verify: one letter, xy, pi or sqrt; without
-    # a space before it ab, too.
-    (?:(?:\s+|(?=[^\W\d_]{{2}}|°)(?!(?-i:(?!cc)[abcxyz]+)\b))(?!(?:[a-z]|[xyz]+|pi|sqrt)\b)
-    [^\W\d_°](?:[^\d\\=+*<>^]|\^\{{?-?[1-4]\}}?)*|\s*°[cf]?)?""",
+    {_UNIT_BEHIND}""",
     re.VERBOSE | re.IGNORECASE,
 )
 # The names of one unit a line, in the singular; m may be any of three.
@@ -233,7 +234,12 @@ _OPTION = re.compile(
 )
 _OPTION_ALONE = re.compile(r"(?:(?:option|choice)\s+)?[(\[]?([A-Z])[)\]]?[.:]?", re.IGNORECASE)
 _INITIAL = re.compile(r"[A-Z]\.\s*(.+)", re.DOTALL)  # of a name, or an option's letter
-_COLON = re.compile(r"(\d+(?:\s*:\s*\d+)+)\s*([ap]\.?\s?m\.?)?", re.IGNORECASE)
+_BOUND = rf"[$€£¥₹]?(?:{_DIGITS})%?"
+_PARTS = re.compile(  # 7:30 pm and 3:4, 7 pm, 5-10 minutes and 2020-03-05, 3/5/2020
+    rf"""(\d+(?:\s*:\s*\d+)+ | \d+(?=\s*[ap]\.?\s?m\b) | {_BOUND}(?:\s*-\s*{_BOUND})+ | \d+(?:\s*/\s*\d+){{2,}})
+    (?:\s*([ap])\.?\s?m\b\.?)?{_UNIT_BEHIND}""",
+    re.VERBOSE | re.IGNORECASE,
+)
 _EDGES = re.compile(r"""^(?:["'“”‘’,;:!?\s]|\.(?!\d))+|["'“”‘’.,;:!?\s]+$""")  # but for the period of .5
 _VULGAR_FRACTION = re.compile("[¼-¾⅐-⅞]")
 # 1 000 with a space that does not break, or LaTeX's; not the whole of a mixed number
@@ -251,10 +257,10 @@ def answers_match(given: str | None, wanted: str) -> bool:
 
     In this order: the same words (case, spacing, final punctuation and a leading article aside); option letters
     ("(B)", "B.", "B) 12 cm", but not two names, "E. coli" and "E. faecalis"); yes/no and true/false by the first word;
-    clock times and ratios part by part; numbers (thousands commas, decimals, fractions, mixed numbers, percentages,
-    currency signs; what follows the last "="), where 75 % matches both 75 and 0.75, 5 million both 5,000,000 and 5; the
-    rest, LaTeX, algebra and several statements ("x = 3, y = 5"), by math-verify. Fractions, powers and roots may be
-    Unicode's: ½, x², √2.
+    clock times, ratios, ranges, scores and dates in figures part by part where both are; numbers (thousands commas,
+    decimals, fractions, mixed numbers, percentages, currency signs; what follows the last "="), where 75 % matches both
+    75 and 0.75, 5 million both 5,000,000 and 5; the rest, LaTeX, algebra and several statements ("x = 3, y = 5"), by
+    math-verify, which takes "12-5" for 7. Fractions, powers and roots may be Unicode's: ½, x², √2.
 
     A unit may be missing ("5 km" matches "5", "5 km/h" matches "5 km") and is never converted; two units differ where
     both are among _UNITS, by whatever name: "5 km" does not match "5 m", "5 m²" and "5 m/s" not "5 m^3" and "5 m/min".
@@ -281,12 +287,12 @@ def answers_match(given: str | None, wanted: str) -> bool:
     if _words(wanted) in _TRUTH:
         first_word = re.split(r"\W", _words(given), maxsplit=1)[0]
         return _TRUTH.get(first_word) == _TRUTH[_words(wanted)]
-    given_colon, wanted_colon = _COLON.fullmatch(given), _COLON.fullmatch(wanted)
-    if given_colon and wanted_colon:
-        return _same_colon(given_colon, wanted_colon)
     for (given_rows, given_power), (wanted_rows, wanted_power) in zip(_units(given), _units(wanted), strict=False):
         if given_power != wanted_power or not given_rows & wanted_rows:
             return False
+    given_parts, wanted_parts = _PARTS.fullmatch(given), _PARTS.fullmatch(wanted)
+    if given_parts and wanted_parts:
+        return _same_parts(given_parts, wanted_parts)
     given_value, wanted_value = _number(given), _number(wanted)
     if given_value and wanted_value:
         return _same_number(given_value, wanted_value)
@@ -347,11 +353,12 @@ def _other_names(given: str, wanted: str) -> bool:
     return words.isdisjoint(others)
 
 
-def _same_colon(given: re.Match[str], wanted: re.Match[str]) -> bool:
-    """07:30 = 7:30, 3 : 4 = 3:4; "am" or "pm" counts when the wanted answer has it."""
-    parts = [[int(part) for part in match[1].split(":")] for match in (given, wanted)]
-    halves = [(match[2] or "").lower()[:1] for match in (given, wanted)]
-    return parts[0] == parts[1] and halves[1] in ("", halves[0])
+def _same_parts(given: re.Match[str], wanted: re.Match[str]) -> bool:
+    """07:30 = 7:30, 7 pm = 7:00 pm, 3 : 4 = 3:4; "am" or "pm" counts when the wanted answer has it."""
+    parts = [[Fraction(part.replace(",", "")) for part in re.findall(_DIGITS, match[1])] for match in (given, wanted)]
+    one, other = (part if len(part) > 1 else [*part, Fraction(0)] for part in parts)  # an hour alone
+    halves = [(match[2] or "").lower() for match in (given, wanted)]
+    return one == other and halves[1] in ("", halves[0])
 
 
 def _number(text: str) -> tuple[Fraction, bool, int] | None:
