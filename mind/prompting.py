@@ -77,17 +77,23 @@ class PromptFormat:
         dropped. So with the default suffix an answer that itself holds a period and a space ("St. Ives") is cut there:
         `mind.data.check_answer` refuses such data, which want a suffix without a period.
         """
-        before, _, after = self.answer_suffix.partition(ANSWER)
-        opening = r"\s+".join(re.escape(word) for word in before.split())
-        matches = list(re.finditer(opening, generated, flags=re.IGNORECASE))
-        if not matches:
+        opening = self.find_opening(generated)
+        if opening is None:
             return None
-        rest = re.sub(r"^:?\*+(?=[ \t:])", "", generated[matches[-1].end() :]).lstrip(" \t:")
+        rest = re.sub(r"^:?\*+(?=[ \t:])", "", generated[opening.end() :]).lstrip(" \t:")
         line = rest.partition("\n")[0]
-        answer = _up_to(line, after.strip()).strip()
+        answer = _up_to(line, self.answer_suffix.partition(ANSWER)[2].strip()).strip()
         if answer.count("**") % 2:  # emphasis whose other end is no part of the answer
             answer = answer.removesuffix("**") if answer.endswith("**") else answer.removeprefix("**")
         return answer.strip().rstrip(".").strip() or None
+
+    def find_opening(self, generated: str) -> re.Match[str] | None:
+        """Where the suffix's text before the answer stands in a generated text, last occurrence; no part of a word."""
+        before = self.answer_suffix.partition(ANSWER)[0]
+        opening = r"\s+".join(map(re.escape, before.split()))
+        if re.search(r"\w\s+$", before):  # "The answer is", not "The answer isn't"
+            opening += r"(?![^\W\d_])"
+        return next(reversed(list(re.finditer(opening, generated, flags=re.IGNORECASE))), None)
 
 
 def chat_text(

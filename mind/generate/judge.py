@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mind.generate.ledger import Answer
-from mind.prompting import ANSWER, PromptFormat, answers_match
+from mind.prompting import PromptFormat, answers_match
 
 BOXED = PromptFormat("\\boxed{{answer}}")  # how mathematical models finish, whatever they are told
 SAME_TRIGRAMS = 0.7  # from here on two rationales are near-duplicates
@@ -58,12 +58,10 @@ def split_answer(output: str, prompt_format: PromptFormat) -> tuple[str, str | N
     reasoning, the rationale is everything.
     """
     text = output.rpartition("</think>")[2].strip()
-    answer = prompt_format.extract_answer(text)
-    if answer is None:
+    answer, opening = prompt_format.extract_answer(text), prompt_format.find_opening(text)
+    if answer is None or opening is None:
         return text, BOXED.extract_answer(text)
-    opening = r"\s+".join(map(re.escape, prompt_format.answer_suffix.partition(ANSWER)[0].split()))
-    *_, last = re.finditer(opening, text, flags=re.IGNORECASE)
-    rationale = text[: last.start()]
+    rationale = text[: opening.start()]
     *_, sentence = re.split(r"\n|(?<=[.!?:])\s+", rationale)
     if len(re.findall(r"\w+", sentence)) <= 3 and not re.search(r"\d", sentence):
         rationale = rationale[: len(rationale) - len(sentence)]

@@ -199,6 +199,7 @@ def test_what_an_answer_depends_on() -> None:
             "First, the answer is 4? No:\nrather 5.",
             "$5$",
         ),
+        ("2 and 3 is 5.\nThe answer is 5.\nThe answer isn't 6.", "2 and 3 is 5.", "5"),
         ("So 2 + 3 = \\boxed{5} it is.", "So 2 + 3 = \\boxed{5} it is.", "5"),
         ("Two and three.", "Two and three.", None),
         ("The answer is 5.", "", "5"),

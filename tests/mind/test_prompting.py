@@ -207,6 +207,9 @@ def test_extract_answer_property(answer, suffix):
         ("The answer is", None),
         ("The answer is .", None),
         ("it is 42", None),
+        ("The answer isn't 6", None),  # the opening is no part of a longer word
+        ("The answer is 5.\n\nThe answer isn't 6.", "5"),
+        ("The answer is42.", "42"),
         ("", None),
     ],
 )
