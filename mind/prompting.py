@@ -271,8 +271,9 @@ def answers_match(given: str | None, wanted: str) -> bool:
     A unit may be missing ("5 km" matches "5", "5 km/h" matches "5 km") and is never converted; two units differ where
     both are among _UNITS, by whatever name: "5 km" does not match "5 m", "5 m²" and "5 m/s" not "5 m^3" and "5 m/min".
 
-    A list without brackets is a set, as the solutions of an equation are: "1, -2" matches "-2, 1". Where the order
-    counts, write the wanted one in parentheses: "(1, 2, 3)" matches "1, 2, 3", but not "3, 2, 1".
+    A list without brackets is a set, as the solutions of an equation are: "1, -2" matches "-2, 1", and "A and C" both
+    "C, A" and "(C), (A)", but not "A or C". Where the order counts, write the wanted one in parentheses: "(1, 2, 3)"
+    matches "1, 2, 3", but not "3, 2, 1".
 
     Numbers match to TOLERANCE. math-verify limits its own time by SIGALRM, which only the main thread can set: called
     in another thread the comparison runs in a child process (about 2 s, only for answers that are not plain numbers).
@@ -296,6 +297,9 @@ def answers_match(given: str | None, wanted: str) -> bool:
     for (given_rows, given_power), (wanted_rows, wanted_power) in zip(_units(given), _units(wanted), strict=False):
         if given_power != wanted_power or not given_rows & wanted_rows:
             return False
+    wanted_list = _list(wanted)
+    if len(wanted_list) > 1 and wanted_list == _list(given):
+        return True
     given_parts, wanted_parts = _PARTS.fullmatch(given), _PARTS.fullmatch(wanted)
     if given_parts and wanted_parts:
         return _same_parts(given_parts, wanted_parts)
@@ -345,9 +349,22 @@ def _words(text: str) -> str:
 
 
 def _option(text: str) -> str | None:
-    """The letter of a multiple-choice answer, upper case."""
+    """The letter of a multiple-choice answer, upper case; None of several, "(A) and (B)"."""
+    letters = [part for part in _LIST.split(text) if part.strip()]
+    if len(letters) > 1 and all(_OPTION_ALONE.fullmatch(part.strip()) for part in letters):
+        return None
     match = _OPTION_ALONE.fullmatch(text) or _OPTION.fullmatch(text)
     return next(group for group in match.groups() if group).upper() if match else None
+
+
+def _list(text: str) -> set[str]:
+    """Option letters or words of a list, and "or" where it has one; empty with brackets around it or numbers within."""
+    parts = [part.strip() for part in _LIST.split(text)]
+    around = any(len(re.findall(r"[(\[]", part)) != len(re.findall(r"[)\]]", part)) for part in parts)
+    if around or re.search(r"[\d\\^+*/=<>]", text):
+        return set()
+    found = {match[1].casefold() if (match := _OPTION_ALONE.fullmatch(part)) else _words(part) for part in parts}
+    return (found | set(re.findall(r"\bor\b", text.casefold()))) - {""}
 
 
 def _other_names(given: str, wanted: str) -> bool:
