@@ -133,7 +133,7 @@ class ServerTeacher:
         try:
             from openai import AsyncOpenAI
         except ImportError as error:
-            raise GenerateError("a server is asked with the openai package: pip install 'mind[generate]'") from error
+            raise GenerateError("a server is asked with the openai package: pip install -e '.[generate]'") from error
         # Its own retries do not cover an answer that is no JSON or holds no choice.
         key = self.api_key or "none"  # which a server of one's own does not look at
         try:

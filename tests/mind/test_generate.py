@@ -407,6 +407,14 @@ def test_no_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert_no_output(tmp_path)
 
 
+def test_what_asks_a_server_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its extra is this checkout's: the registry's package of the name is another project's."""
+    monkeypatch.setitem(sys.modules, "openai", None)
+    assert refused(tmp_path, capsys).endswith("with the openai package: pip install -e '.[generate]'")
+
+
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
