@@ -148,8 +148,8 @@ class MindConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Read each question's prompt once, not once for each of its rationales, and no padding; the same "
-            "to rounding. Default: where student and teacher have nothing between tokens but attention, that is eager, "
-            "sdpa or flash_attention_2, and neftune_noise_alpha, whose noise depends on a row's length, is not set."
+            "to rounding. Default: where student and teacher have nothing between tokens but attention, which is "
+            "eager, sdpa or flash_attention_2, and no neftune_noise_alpha, whose noise depends on a row's length."
         },
     )
     max_logits_bytes: int | None = field(
@@ -159,7 +159,7 @@ class MindConfig(TrainingArguments):
         default=0.0,
         metadata={
             "help": "Share, in [0, 1), of the logit gradient's norm that the loss's backward pass may leave out; 0: "
-            "none, the exact gradient. 0.001 nearly halves the cost of the loss for a trained student."
+            "none, the exact gradient. 0.001 nearly halves the cost of the loss for a trained student in fp32."
         },
     )
 

@@ -34,9 +34,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from mind.collator import SharedPrompts
 
-LONGEST_WRITTEN_OUT = (
-    512  # keys; beyond it the scores, which are kept for the backward pass, outgrow the rest of a layer
-)
+# Keys; beyond it the scores, which are kept for the backward pass, outgrow the rest of a layer
+LONGEST_WRITTEN_OUT = 512
 OWN = ("eager", "sdpa", "flash_attention_2")
 _PREFIX = "mind_"
 

@@ -7,8 +7,6 @@ from typing import ClassVar
 from mind.problems.language import Noun
 from mind.problems.problem import Problem, Space
 
-POSTS = Noun("post", "posts")
-
 
 class Border(Problem):
     """Area of a path around a rectangle: (length + 2·path)·(width + 2·path) - length·width, in square metres."""
