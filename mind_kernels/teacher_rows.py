@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -98,12 +99,11 @@ def topk_divergence(
     options: KLOptions,
     need_gradient: bool,
     scratch: Scratch,
-    student: RowSoftmax | None = None,  # of z, where it is known
 ) -> tuple[Tensor, Tensor | None]:  # (m,), (m, V)
     """D over the support plus tail bucket and dD/d(z/τ); the teacher's dense row is never built.
 
-    The tail's gradient is spread by the student's own probabilities: du/dz_v = p_v / p_tail, u the bucket's logit.
-    p_tail is summed with the support taken out, since 1 − Σp loses all digits of a small tail.
+    The tail's gradient is spread by the student's own probabilities within it: du/dz_v = exp(z_v − u), with the
+    bucket's logit u = log Σ_tail exp z. All from u: 1 − Σp loses the digits of a small tail, and p_tail may underflow.
     """
     padded = torch.isneginf(teacher_log_probs)
     ids, _ = padded_ids(token_ids, padded)
@@ -119,20 +119,24 @@ def topk_divergence(
             return loss, None
         return loss, scratch("teacher", z.shape).zero_().scatter_add_(-1, ids, grad_support)
 
-    if student is None:
-        student = row_softmax(z, scratch("student", z.shape))
-    p = scratch("teacher", z.shape).copy_(student.probs).scatter_(-1, ids, 0.0)
-    p_tail = p.sum(-1, keepdim=True)
-    log_student = torch.cat(
-        [student.log_probs(z_support).masked_fill_(padded, NEG), torch.log(p_tail).clamp_(min=NEG)], -1
-    )
+    z_tail = scratch("teacher", z.shape).copy_(z).scatter_(-1, ids, -math.inf)
+    of_tail = row_softmax(z_tail, z_tail)
+    z_support.masked_fill_(padded, -math.inf)
+    row_max = torch.maximum(of_tail.row_max, z_support.amax(-1, keepdim=True))
+    log_tail = of_tail.row_max - row_max + of_tail.log_total  # u − row_max
+    if z.shape[-1] <= ids.shape[-1]:  # there may be no tail in a row
+        is_whole = torch.isneginf(of_tail.row_max)
+        of_tail.probs.masked_fill_(is_whole, 0.0)
+        log_tail.masked_fill_(is_whole, -math.inf)
+    log_student = torch.log_softmax(torch.cat([z_support - row_max, log_tail], -1), -1)
+    log_student.masked_fill_(torch.isneginf(log_student), NEG)
     loss, grad_buckets = divergence_and_gradient(
         log_teacher, log_student, options.divergence, options.beta, need_gradient
     )
     if grad_buckets is None:
         return loss, None
-    share = torch.where(p_tail > 0, grad_buckets[:, -1:] / p_tail, torch.zeros_like(p_tail))
-    return loss, p.mul_(share).scatter_add_(-1, ids, grad_buckets[:, :-1].masked_fill(padded, 0.0))
+    grad_support = grad_buckets[:, :-1].masked_fill(padded, 0.0)
+    return loss, of_tail.probs.mul_(grad_buckets[:, -1:]).scatter_add_(-1, ids, grad_support)
 
 
 def rows_of(tensor: Tensor, index: Tensor) -> Tensor:  # (..., n), (m,) -> (m, n)
@@ -179,7 +183,7 @@ class TeacherRows:
         if isinstance(teacher, TeacherTopK):
             rows = self.index[start:stop]
             ids, log_probs = rows_of(teacher.token_ids, rows), rows_of(teacher.logprobs, rows).to(dtype)
-            loss, grad = topk_divergence(z, ids, log_probs, teacher.tail, options, need_gradient, scratch, student)
+            loss, grad = topk_divergence(z, ids, log_probs, teacher.tail, options, need_gradient, scratch)
             return loss.mul_(options.loss_scale), grad
 
         V = z.shape[-1] if teacher.vocab_size is None else teacher.vocab_size

@@ -313,8 +313,8 @@ def tail_gradient_kernel(
     z_ptr, stride_zn,  # (m, V) bare products, −inf where a token is listed
     d_ptr, stride_dn,  # (m, V) ∂loss/∂product, written, anything where a token is listed; may be z itself
     label_ptr,  # (m,) int64
-    lse_ptr, rest_ptr,  # (m,) fp32: 1 − p_label is rest
-    coefficient_ptr, share_ptr,  # (m,) fp32: of the cross-entropy, of the tail's probabilities
+    lse_ptr, p_tail_ptr, rest_ptr,  # (m,) fp32: log-sum-exp of the tail, its probability, 1 − p_label
+    coefficient_ptr, grad_tail_ptr,  # (m,) fp32: of the cross-entropy, ∂loss/∂(the tail's log-sum-exp)
     pair_ptr, stride_pn, pair_mean_ptr,  # (m, V), (m,) fp32
     logit_scale,
     logit_softcap,
@@ -323,14 +323,18 @@ def tail_gradient_kernel(
     HAS_PAIRS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """∂loss/∂u = (c·(p − onehot(y)) + share·p + pairs)·dz/du."""
+    """∂loss/∂u = (c·(p − onehot(y)) + grad_tail·q + pairs)·dz/du.
+
+    q = exp(z − lse) ≤ 1 within the tail and p = p_tail·q: q has all digits where p and p_tail underflow.
+    """
     i_n = tl.program_id(0).to(tl.int64)
     z_ptr += i_n * stride_zn
     d_ptr += i_n * stride_dn
     scale, softcap = logit_scale * LOG2E, logit_softcap * LOG2E
     label, rest = tl.load(label_ptr + i_n).to(tl.int32), tl.load(rest_ptr + i_n)
     lse = tl.load(lse_ptr + i_n) * LOG2E
-    coefficient, share = tl.load(coefficient_ptr + i_n) * logit_scale, tl.load(share_ptr + i_n) * logit_scale
+    p_tail = tl.load(p_tail_ptr + i_n)
+    coefficient, grad_tail = tl.load(coefficient_ptr + i_n) * logit_scale, tl.load(grad_tail_ptr + i_n) * logit_scale
     if HAS_PAIRS:
         pair_ptr += i_n * stride_pn
         pair_mean = tl.load(pair_mean_ptr + i_n)
@@ -340,8 +344,9 @@ def tail_gradient_kernel(
         for v in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
             o_v = v + o_block
             b_z = load_logits(z_ptr, o_v, scale, softcap, HAS_SOFTCAP, V, IS_REST)
-            b_p = tl.exp2(b_z - lse)
-            b_d = share * b_p + coefficient * tl.where(o_block == label - v, -rest, b_p)
+            b_q = tl.exp2(b_z - lse)
+            b_p = p_tail * b_q
+            b_d = grad_tail * b_q + coefficient * tl.where(o_block == label - v, -rest, b_p)
             if HAS_PAIRS:
                 b_d += 0.5 * logit_scale * b_p * (load_block(pair_ptr, o_v, V, IS_REST) - pair_mean)
             if HAS_SOFTCAP:
@@ -392,10 +397,12 @@ def topk_kl_(
     is_label = (ids == labels.unsqueeze(-1)) & ~padded
     top = torch.maximum(torch.maximum(z_max, z_label), z_listed.masked_fill(padded, -math.inf).amax(-1, keepdim=True))
     e_listed, e_label = (z_listed - top).exp().masked_fill(padded, 0.0), (z_label - top).exp()
-    e_tail = z_sum * (z_max - top).exp()
-    rest = e_tail + e_listed.masked_fill(is_label, 0.0).sum(-1, keepdim=True)
-    e_tail = e_tail + e_label.masked_fill(is_label.any(-1, keepdim=True), 0.0)
+    rest = z_sum * (z_max - top).exp() + e_listed.masked_fill(is_label, 0.0).sum(-1, keepdim=True)
     total = rest + e_label
+    # log Σ_tail e^(z − top), in log space as a tail's exponentials may underflow.
+    is_listed = is_label.any(-1, keepdim=True)
+    log_tail = torch.logaddexp(z_max - top + z_sum.log(), (z_label - top).masked_fill_(is_listed, -math.inf))
+    has_no_tail = torch.isneginf(log_tail)
     lse = top + total.log()
     row_loss = torch.where(e_label == 1.0, torch.log1p(rest), lse - z_label).squeeze(-1)
     loss.copy_(row_loss.masked_fill(~is_label_valid, math.nan))
@@ -405,17 +412,16 @@ def topk_kl_(
         log_student.masked_fill_(padded, NEG)
     else:
         log_listed = (z_listed - lse).masked_fill(padded, NEG)
-        log_student = torch.cat([log_listed, (e_tail.log() + top - lse).clamp_(min=NEG)], -1)
+        log_student = torch.cat([log_listed, (log_tail - total.log()).masked_fill_(has_no_tail, NEG)], -1)
     D, grad = divergence_and_gradient(log_teacher, log_student, options.divergence, options.beta, needs_gradient)
     kl_loss.copy_(D.mul_(options.loss_scale))
     if grad is None:
         return
 
     grad.mul_((kl_coefficient * options.loss_scale / options.temperature).unsqueeze(-1))
-    share = torch.zeros_like(total)
+    grad_tail = torch.zeros_like(total)
     if tail == "bucket":
-        share = torch.where(e_tail > 0, grad[:, -1:] * total / e_tail, share)
-        grad = grad[:, :-1]
+        grad, grad_tail = grad[:, :-1], grad[:, -1:].contiguous()
     p_listed, rest = e_listed / total, rest / total
     grad = grad + coefficient.unsqueeze(-1) * torch.where(is_label, -rest, p_listed)
     if pairs is not None:
@@ -427,8 +433,8 @@ def topk_kl_(
         z, z.stride(0),
         d, d.stride(0),
         labels,
-        lse, rest,
-        coefficient, share,
+        (log_tail + top).masked_fill_(has_no_tail, 0.0), log_tail.exp() / total, rest,
+        coefficient, grad_tail,
         pair_sum, pair_sum.stride(0), pair_mean,
         *scale_and_softcap,
         **head,

@@ -467,6 +467,62 @@ def test_topk_tail_keeps_its_digits_when_the_student_is_sure() -> None:
     torch.testing.assert_close(z.grad.cpu(), torch.tensor([[0.1 - tail, -0.05 + tail / 2, -0.05 + tail / 2]]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("gap", [60.0, 88.0, 92.0, 100.0, 160.0])
+def test_a_tail_whose_probability_underflows(gap: float, divergence: str, backend: str, dtype: torch.dtype) -> None:
+    """e^−88 is the last normal fp32 number, e^−104 is 0; the label is listed in one row, in the tail of the other."""
+    z = torch.tensor([[gap / 2, -gap / 2, -gap / 2 - 1, 3 - gap / 2], [-gap / 2, 2 - gap / 2, gap / 2, -gap / 2]])
+    teacher_logprobs = torch.tensor([[0.9], [0.6]], device=DEVICE).log()
+    teacher = TeacherTopK(torch.tensor([[0], [2]], device=DEVICE), teacher_logprobs)
+    labels, weights = torch.tensor([0, 1], device=DEVICE), torch.tensor([[1.0, 1.0]], device=DEVICE)
+
+    exact = z.double().to(DEVICE).requires_grad_()
+    log_s = exact.log_softmax(-1)
+    listed = log_s.gather(-1, teacher.token_ids)
+    tail = torch.logsumexp(log_s.scatter(-1, teacher.token_ids, -math.inf), -1, keepdim=True)
+    log_s = torch.cat([listed, tail], -1)
+    log_t = torch.cat([teacher_logprobs.double(), torch.log(-torch.expm1(teacher_logprobs.double()))], -1)
+    log_m = torch.logaddexp(log_t, log_s) - math.log(2)
+    kl_of = {
+        "forward": log_t.exp() * (log_t - log_s),
+        "reverse": log_s.exp() * (log_s - log_t),
+        "jsd": 0.5 * (log_t.exp() * (log_t - log_m) + log_s.exp() * (log_s - log_m)),
+    }
+    kl = kl_of[divergence].sum(-1)
+    cross_entropy = F.cross_entropy(exact, labels, reduction="none")
+    (wanted_kl,) = torch.autograd.grad(kl.mean(), exact, retain_graph=True)
+    (wanted_both,) = torch.autograd.grad((cross_entropy + kl).sum(), exact)
+
+    def close_or_0(name: str, given: Tensor, exact: Tensor, size: float) -> None:
+        error = float((given.double() - exact).abs().max())
+        allowed = (4 * FLOOR[dtype] + gap * 2**-23) * size  # a log-sum-exp of gap/2 is rounded
+        assert error <= allowed, f"{name}: error {error:.2e}, wanted at most {allowed:.2e}"
+
+    logits = z.to(DEVICE, dtype).requires_grad_()
+    loss, losses = ta_weighted_kl(
+        logits,
+        teacher,
+        weights[0] / 2,
+        cu_seqlens=torch.arange(3, device=DEVICE),
+        divergence=divergence,
+        backend=backend,
+    )
+    torch.testing.assert_close(losses.double(), kl.detach(), rtol=1e-6, atol=1e-7)
+    close_or_0("logits", torch.autograd.grad(loss, logits)[0], wanted_kl, 0.1)
+
+    hidden = torch.eye(2, device=DEVICE, dtype=dtype).view(1, 2, 1, 2).requires_grad_()
+    rows = TeacherTopK(teacher.token_ids.view(1, 2, 1, 1), teacher_logprobs.view(1, 2, 1, 1))
+    settings: dict[str, Any] = {"kl_weight": 1.0, "divergence": divergence, "backend": backend}
+    weight = z.T.to(DEVICE, dtype).contiguous().requires_grad_()
+    output = mind_loss(hidden, weight, labels.view(1, 2, 1), rationale_weights=weights, teacher=rows, **settings)
+    torch.testing.assert_close(output.kl.double(), kl.detach().sum(), rtol=1e-6, atol=1e-7)
+    grad_hidden, grad_weight = torch.autograd.grad(output.loss, (hidden, weight))
+    close_or_0("head", grad_weight.T, wanted_both, 1.0)
+    close_or_0("hidden", grad_hidden.view(2, 2), wanted_both @ weight.detach().double(), gap)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 def test_a_teachers_row_of_only_padding(tail: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
