@@ -53,8 +53,8 @@ def ta_weighted_kl(
     Returns (loss, rationale_losses): a scalar, differentiable in student_logits and rationale_weights; and the detached
     D_r in nats per token (τ^p included), in the shape of the weights. Both fp32 (fp64 for fp64).
 
-    Peak extra memory: the gradient of student_logits, and a block of a few MiB. With "triton" also a copy of
-    student_logits that are not contiguous, and for a TeacherTopK one of 64 MiB of their rows at a time.
+    Peak extra memory: the gradient of student_logits, which may be a slice, and a block of a few MiB. With "triton" a
+    copy of a slice where no gradient is wanted, and for a TeacherTopK one of 64 MiB of rows at a time.
     Raises: ValueError or TypeError naming the argument, what was given and what is wanted. Its backward pass
     RuntimeError under create_graph=True: there is no second derivative.
     Source: as fused_linear_kl.

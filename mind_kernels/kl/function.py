@@ -22,11 +22,11 @@ from mind_kernels.teachers import Teacher
 
 
 def _divergences(
-    logits: Tensor,  # (N, V)
+    logits: Tensor,  # (..., V)
     rationale_weights: Tensor,
     options: KLCall,
     need_gradient: bool,
-) -> tuple[Tensor, Tensor | None, float | Tensor]:  # per rationale (R,), ∂loss/∂logits (N, V) / scale, scale
+) -> tuple[Tensor, Tensor | None, float | Tensor]:  # per rationale (R,), ∂loss/∂logits (..., V) / scale, scale
     if options.backend == "triton":
         from mind_kernels.kl.triton_path import triton_divergences
 
@@ -37,7 +37,7 @@ def _divergences(
 
 def kl_loss_and_gradients(
     logits: Tensor, rationale_weights: Tensor, options: KLCall, need_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor | None, float | Tensor]:  # Σ_r w_r·D_r, D (R,), ∂loss/∂logits (N, V) / scale, scale
+) -> tuple[Tensor, Tensor, Tensor | None, float | Tensor]:  # Σ_r w_r·D_r, D (R,), ∂loss/∂logits (..., V) / scale, scale
     losses, grad_logits, scale = _divergences(logits, rationale_weights, options, need_gradient)
     return weighted_sum(rationale_weights.reshape(-1).to(losses.dtype), losses), losses, grad_logits, scale
 
@@ -89,9 +89,8 @@ def weighted_kl(
     options = KLCall(
         teacher, kl, rationales, supervised, supervised_index, reduction, max_logits_bytes, grad_enabled, backend
     )
-    logits = student_logits.reshape(-1, student_logits.shape[-1])
     if torch.compiler.is_compiling():
         from mind_kernels.operators import compiled_kl_loss
 
-        return compiled_kl_loss(logits, rationales.weights, options)
-    return _TAWeightedKL.apply(logits, rationales.weights, options)
+        return compiled_kl_loss(student_logits, rationales.weights, options)
+    return _TAWeightedKL.apply(student_logits, rationales.weights, options)

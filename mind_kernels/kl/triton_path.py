@@ -16,11 +16,11 @@ COPY_BYTES = 64 * 2**20
 
 
 def triton_divergences(
-    logits: Tensor,  # (N, V)
+    logits: Tensor,  # (..., V)
     rationale_weights: Tensor,
     options: KLCall,
     need_gradient: bool,
-) -> tuple[Tensor, Tensor | None, float | Tensor]:  # per rationale (R,), ∂loss/∂logits (N, V) / scale, scale
+) -> tuple[Tensor, Tensor | None, float | Tensor]:  # per rationale (R,), ∂loss/∂logits (..., V) / scale, scale
     """The gradient is written over a copy of the logits that becomes the result. Rows not supervised are 0."""
     V, teacher, device = logits.shape[-1], options.teacher, logits.device
     weights = rationale_weights.reshape(-1).float()
@@ -29,9 +29,10 @@ def triton_divergences(
     row_losses = torch.empty(len(rows), dtype=torch.float32, device=device)
     gradient_scale = fp16_scale([reduce.weight], logits.dtype)
     coefficients = reduce.weight[rows] / gradient_scale
-    logits = logits.contiguous()
-    grad_logits = torch.where(options.supervised.unsqueeze(1), logits, 0) if need_gradient else None
-    z = logits if grad_logits is None else grad_logits
+    grad_logits = None
+    if need_gradient:
+        grad_logits = torch.where(options.supervised.view(*logits.shape[:-1], 1), logits, 0).contiguous()
+    z = (logits if grad_logits is None else grad_logits).reshape(-1, V)
 
     if isinstance(teacher, TeacherTopK):
         chunk_rows = max(1, COPY_BYTES // (V * logits.element_size()))
@@ -54,7 +55,7 @@ def triton_divergences(
                 needs_gradient=need_gradient,
             )
             if grad_logits is not None:
-                grad_logits[index] = z_copy
+                z[index] = z_copy
         return reduce(row_losses, rows), grad_logits, gradient_scale
 
     chunk_rows, buffer = max(len(rows), 1), None

@@ -791,6 +791,47 @@ def test_a_teacher_that_is_a_slice_is_not_copied_whole(kind: str, backend: str) 
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("needs_gradient", [True, False], ids=["gradient", "loss-only"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("kind", ["logits", "topk"])
+def test_student_logits_that_are_a_slice_are_not_copied_whole(kind: str, backend: str, needs_gradient: bool) -> None:
+    case = random_case(2, 3, 7, 8, 40, 2).to(torch.float32)
+    teacher, weights = random_teacher(kind, case), case.rationale_weights.detach()
+    logits = torch.randn(2, 3, 8, 40, generator=torch.Generator().manual_seed(0))[:, :, :-1]
+    copied: list[int] = []
+
+    class Clones(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function in (torch.ops.aten.clone.default, torch.ops.aten._reshape_copy.default):
+                copied.append(result.numel())
+            return result
+
+    def step(logits):
+        student = logits.detach().requires_grad_(needs_gradient)
+        loss, losses = ta_weighted_kl(student, teacher, weights, shift_labels=case.shift_labels, backend=backend)
+        return (losses, *torch.autograd.grad(loss, student)) if needs_gradient else (losses,)
+
+    with Clones():
+        given = step(logits)
+    if backend == "torch" or needs_gradient:
+        assert max(copied, default=0) < logits.numel()
+    for one, other in zip(given, step(logits.contiguous()), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_backward_does_not_mind_what_becomes_of_the_rationale_losses(backend: str) -> None:
+    case = random_case(2, 3, 4, 8, 40, 1).to(torch.float32)
+    logits = torch.randn(2, 3, 4, 40, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    leaves = (logits, case.rationale_weights)
+    loss, losses = ta_weighted_kl(logits, random_teacher("logits", case), case.rationale_weights, backend=backend)
+    wanted = torch.autograd.grad(loss, leaves, retain_graph=True)
+    losses.zero_()
+    for one, other in zip(torch.autograd.grad(loss, leaves), wanted, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_topk_of_the_whole_vocabulary_is_the_dense_teacher() -> None:
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(4, 9, generator=generator, dtype=torch.float64, requires_grad=True)
