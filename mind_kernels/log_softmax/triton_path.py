@@ -127,11 +127,12 @@ class _LogSoftmax(torch.autograd.Function):
         out = torch.empty(*logits.shape[:-1], V if token_ids is None else S, dtype=logits.dtype, device=logits.device)
         lse = torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device)
         ids = lse if token_ids is None else token_ids.long().contiguous()
-        with current_device(logits.device):
-            log_softmax_kernel[(lse.numel() // K,)](
-                logits, ids, out, lse, 1.0 / temperature,
-                K=K, V=V, S=S, BLOCK_S=block_size(S, 1024) if S else 16, **launch(logits),
-            )  # fmt: skip
+        if lse.numel():
+            with current_device(logits.device):
+                log_softmax_kernel[(lse.numel() // K,)](
+                    logits, ids, out, lse, 1.0 / temperature,
+                    K=K, V=V, S=S, BLOCK_S=block_size(S, 1024) if S else 16, **launch(logits),
+                )  # fmt: skip
         ctx.save_for_backward(logits, lse, ids)
         ctx.temperature, ctx.is_selected = temperature, token_ids is not None
         return out
@@ -146,11 +147,12 @@ class _LogSoftmax(torch.autograd.Function):
         # Selected tokens get a second term: added in fp32 before the one rounding.
         dtype = torch.float32 if ctx.is_selected else logits.dtype
         grad_logits = torch.empty(logits.shape, dtype=dtype, device=logits.device)
-        with current_device(logits.device):
-            log_softmax_backward_kernel[(lse.numel() // K,)](
-                logits, lse, grad_out, total, grad_logits, 1.0 / ctx.temperature,
-                K=K, V=V, IS_SELECTED=ctx.is_selected, **launch(logits),
-            )  # fmt: skip
+        if lse.numel():
+            with current_device(logits.device):
+                log_softmax_backward_kernel[(lse.numel() // K,)](
+                    logits, lse, grad_out, total, grad_logits, 1.0 / ctx.temperature,
+                    K=K, V=V, IS_SELECTED=ctx.is_selected, **launch(logits),
+                )  # fmt: skip
         if ctx.is_selected:
             grad_logits.scatter_add_(-1, ids, grad_out.float() / ctx.temperature)
         return grad_logits.to(logits.dtype), None, None

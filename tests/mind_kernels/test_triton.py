@@ -273,6 +273,16 @@ def test_log_softmax(shape: tuple[int, ...], S: int, dtype: torch.dtype, tempera
         assert_as_good_as_plain(name, given[name], plain[name], exact[name], factor=1.5, floor=FLOOR[dtype])
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("shape", [(2, 0, 41), (0, 3, 41)], ids=["no-rationale", "no-position"])
+def test_log_softmax_of_nothing_is_empty(shape: tuple[int, ...], backend: str) -> None:
+    logits = torch.zeros(shape, device=DEVICE, requires_grad=True)
+    for ids in (None, torch.zeros(*shape[:2], 4, dtype=torch.int64, device=DEVICE)):
+        log_probs = multi_rationale_log_softmax(logits, token_ids=ids, backend=backend)
+        assert log_probs.shape == (shape if ids is None else ids.shape)
+        assert torch.autograd.grad(log_probs.sum(), logits)[0].shape == shape
+
+
 def test_log_softmax_has_no_second_derivative() -> None:
     logits = randn(2, 3, 41).float().requires_grad_()
     log_probs = multi_rationale_log_softmax(logits, backend="triton")
