@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mind_kernels.arguments import Rationales, check_answer_index, check_labels, check_supervised_index
+from mind_kernels.arguments import (
+    Rationales,
+    check_answer_index,
+    check_labels,
+    check_supervised_index,
+    refuse_second_derivative,
+)
 from mind_kernels.kl.call import KLCall
 from mind_kernels.kl.function import kl_loss_and_gradients
 from mind_kernels.linear_sweep import LinearLosses, linear_loss_and_gradients
@@ -168,6 +174,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    refuse_second_derivative()
     scale, head_scale, for_hidden, *for_head, grad_weights = ctx.saved_tensors
     scaled = _scaled([for_hidden], grad_loss * scale, ctx.needs[:1])
     scaled += _scaled(for_head, grad_loss * head_scale, ctx.needs[1:3])
@@ -238,6 +245,7 @@ def _kl_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
 
 
 def _kl_backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    refuse_second_derivative()
     weights, losses, scale, grad_logits = ctx.saved_tensors
     (for_logits,) = _scaled([grad_logits], grad_loss * scale, ctx.needs[:1])
     for_weights = (grad_loss * losses).reshape(weights.shape).to(weights.dtype) if ctx.needs[1] else None

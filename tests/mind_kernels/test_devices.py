@@ -378,6 +378,18 @@ def test_a_teacher_within_the_graph_is_not_differentiated() -> None:
     assert teacher_weight.grad is None and teacher_head.grad is None
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "on_logits"])
+def test_a_second_derivative_through_the_operators_is_an_error(name: str) -> None:
+    """With a backend that leaves the derivative to autograd; AOTAutograd, beneath the others, refuses by itself."""
+    torch._dynamo.reset()
+    case = random_case(2, 3, 6, 8, 40, 2).to(torch.float64)
+    leaves = tuple(case.leaves().values())
+    loss = torch.compile(losses(case)[name], fullgraph=True, backend="eager")(*leaves)
+    torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match=r"given create_graph=True, wanted False: there is no second derivative"):
+        torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+
+
 def test_bad_values_are_told_inside_a_compiled_graph() -> None:
     torch._dynamo.reset()
     case = random_case(2, 3, 6, 8, 40, 2).to(torch.float32)
