@@ -81,7 +81,7 @@ def topk_log_probs(
         raise ValueError(
             f"teacher.logprobs: given a row whose probabilities sum to {float(total.max().exp()):.4f}, wanted at most 1"
         )
-    rest = torch.log(-torch.expm1(total.clamp(max=0.0))).clamp_(min=NEG)  # log(1 − Σp), −inf where nothing is left
+    rest = torch.log(-torch.expm1(total.clamp(max=0.0))).clamp_(min=NEG)  # log(1 − Σp), NEG where nothing is left
     if teacher_log_probs.shape[-1] >= V:  # a row that lists every token has no tail, and its sum is 1 but for rounding
         is_whole = (~padded).sum(-1, keepdim=True) >= V
         teacher_log_probs = teacher_log_probs - total.where(is_whole, 0.0)

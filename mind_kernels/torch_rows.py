@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -89,16 +90,10 @@ class _Labels:
 
 def _blocks(chunk: Chunk, group_offsets: list[int], block_rows: int) -> Iterator[tuple[int, int, int | None]]:
     """(start, stop, group) in processing order: each answer group by itself, then block_rows at a time."""
-    start = chunk.start
-    while start < chunk.stop:
-        if start < group_offsets[-1]:
-            group = group_offsets.index(start)
-            stop = group_offsets[group + 1]
-            yield start, stop, group
-        else:
-            stop = min(start + block_rows, chunk.stop)
-            yield start, stop, None
-        start = stop
+    for group in range(bisect_left(group_offsets, chunk.start), bisect_right(group_offsets, chunk.stop) - 1):
+        yield group_offsets[group], group_offsets[group + 1], group
+    for start in range(max(chunk.start, group_offsets[-1]), chunk.stop, block_rows):
+        yield start, min(start + block_rows, chunk.stop), None
 
 
 class TorchRows:

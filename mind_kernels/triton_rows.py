@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,7 +53,7 @@ class TritonRows:
     ) -> None:
         offsets, start = self.plan.rows.group_offsets, chunk.start
         while start < min(chunk.stop, offsets[-1]):
-            first = last = offsets.index(start)
+            first = last = bisect_left(offsets, start)
             most = max(PAIR_BYTES // (4 * z_chunk.shape[1]), offsets[first + 1] - start)
             while last + 1 < len(offsets) and offsets[last + 1] <= min(chunk.stop, start + most):
                 last += 1
