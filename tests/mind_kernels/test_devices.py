@@ -378,6 +378,26 @@ def test_a_teacher_within_the_graph_is_not_differentiated() -> None:
     assert teacher_weight.grad is None and teacher_head.grad is None
 
 
+def test_a_setting_that_changes_compiles_anew() -> None:
+    """Without dynamic=False PyTorch makes a variable of it at its second value, which no setting can be."""
+    torch._dynamo.reset()
+    case = random_case(2, 3, 6, 8, 40, 2).to(torch.float64)
+    teacher, leaves = random_teacher("logits", case), (case.hidden_states, case.lm_head_weight)
+
+    def function(kl_weight, temperature):
+        return mind_loss(
+            *leaves, case.shift_labels, rationale_weights=case.rationale_weights, answer_index=case.answer_index,
+            teacher=teacher, kl_weight=kl_weight, consistency_weight=kl_weight / 2, temperature=temperature,
+        ).loss  # fmt: skip
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=False)
+    for settings in ((0.5, 1.0), (0.6, 1.0), (0.7, 1.0), (0.7, 2.0), (0.7, 3.0)):
+        given, wanted = (call(*settings) for call in (compiled, function))
+        torch.testing.assert_close(given, wanted)
+        for one, other in zip(*(torch.autograd.grad(loss, leaves) for loss in (given, wanted)), strict=True):
+            torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("name", ["cross_entropy", "on_logits"])
 def test_a_second_derivative_through_the_operators_is_an_error(name: str) -> None:
     """With a backend that leaves the derivative to autograd; AOTAutograd, beneath the others, refuses by itself."""
