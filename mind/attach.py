@@ -277,8 +277,7 @@ class MindAttachment:
         Both get the same hidden_states, multiplied so that the logits span about ±50: what a cap or any other
         non-linearity does, which small logits hide, is then seen.
         """
-        model, settings = self.model, self.loss.settings
-        scale, softcap = settings["logit_scale"], settings["logit_softcap"]
+        model, scale, softcap = self.model, self.loss.logit_scale, self.loss.logit_softcap
         name = type(model).__name__
         input_ids = torch.arange(4, device=model.device).remainder(self.head.out_features)[None]  # (1, 4)
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}

@@ -291,7 +291,6 @@ class MindTrainer(Trainer):
         student.model.eval()
         with self.accelerator.autocast():
             hidden_states = _read(student, batch)
-            settings = student.loss.settings
             _, losses = fused_linear_cross_entropy(
                 hidden_states,
                 student.head.weight,
@@ -300,7 +299,9 @@ class MindTrainer(Trainer):
                 cu_seqlens=batch["cu_seqlens"],
                 supervised_index=batch.get("supervised_index"),
                 lm_head_bias=student.head.bias,
-                **{name: settings[name] for name in ("logit_scale", "logit_softcap", "max_logits_bytes")},
+                logit_scale=student.loss.logit_scale,
+                logit_softcap=student.loss.logit_softcap,
+                max_logits_bytes=student.loss.max_logits_bytes,
             )
         student.model.train(training)
         return losses.float()
@@ -313,10 +314,10 @@ class MindTrainer(Trainer):
         if isinstance(self._teacher, TopKTeacher):
             return self._teacher.rows(questions, selected, batch["input_ids"].shape[1], self.args.device)
         assert self._teacher is not None
-        head, settings = self._teacher.head, self._teacher.loss.settings
+        head, loss = self._teacher.head, self._teacher.loss
         with torch.autocast(self.args.device.type, enabled=False), readable(self._teacher.base):
             hidden_states = _read(self._teacher, batch)
-        return TeacherHidden(hidden_states, head.weight, head.bias, settings["logit_scale"], settings["logit_softcap"])
+        return TeacherHidden(hidden_states, head.weight, head.bias, loss.logit_scale, loss.logit_softcap)
 
     def _symmetric_kl(self, hidden_states: Tensor, answer_index: Tensor) -> Tensor:
         """Σ_b ½·[KL(P_i ‖ P_j) + KL(P_j ‖ P_i)], the mean over the answer tokens; nats, fp32, gradient into both sides.
@@ -324,7 +325,7 @@ class MindTrainer(Trainer):
         hidden_states: (N, H). answer_index: (B, K, A), −1 = absent; two rationales of a question, or one: then it is 0.
         """
         student = self._attached()
-        scale, softcap = student.loss.settings["logit_scale"], student.loss.settings["logit_softcap"]
+        scale, softcap = student.loss.logit_scale, student.loss.logit_softcap
         total = hidden_states.sum() * 0.0
         for rows in answer_index:  # (K, A)
             rows = rows[(rows >= 0).any(-1)]

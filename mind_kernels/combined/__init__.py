@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -187,21 +187,19 @@ class MindLoss(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        self.settings: dict[str, Any] = {
-            "logit_scale": logit_scale,
-            "logit_softcap": logit_softcap,
-            "logits_dtype": logits_dtype,
-            "ignore_index": ignore_index,
-            "consistency_weight": consistency_weight,
-            "kl_weight": kl_weight,
-            "divergence": divergence,
-            "beta": beta,
-            "temperature": temperature,
-            "temperature_power": temperature_power,
-            "gradient_tolerance": gradient_tolerance,
-            "max_logits_bytes": max_logits_bytes,
-            "backend": backend,
-        }
+        self.logit_scale = logit_scale
+        self.logit_softcap = logit_softcap
+        self.logits_dtype = logits_dtype
+        self.ignore_index = ignore_index
+        self.consistency_weight = consistency_weight
+        self.kl_weight = kl_weight
+        self.divergence = divergence
+        self.beta = beta
+        self.temperature = temperature
+        self.temperature_power = temperature_power
+        self.gradient_tolerance = gradient_tolerance
+        self.max_logits_bytes = max_logits_bytes
+        self.backend = backend
 
     def forward(
         self,
@@ -228,8 +226,17 @@ class MindLoss(nn.Module):
             teacher=teacher,
             lm_head_bias=lm_head_bias,
             num_questions=num_questions,
-            **self.settings,
+            logit_scale=self.logit_scale,
+            logit_softcap=self.logit_softcap,
+            logits_dtype=self.logits_dtype,
+            ignore_index=self.ignore_index,
+            consistency_weight=self.consistency_weight,
+            kl_weight=self.kl_weight,
+            divergence=self.divergence,
+            beta=self.beta,
+            temperature=self.temperature,
+            temperature_power=self.temperature_power,
+            gradient_tolerance=self.gradient_tolerance,
+            max_logits_bytes=self.max_logits_bytes,
+            backend=self.backend,
         )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())

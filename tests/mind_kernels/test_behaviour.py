@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import itertools
 import math
 import subprocess
@@ -961,3 +962,21 @@ def test_module_twins_give_what_the_functions_give() -> None:
     for from_module, from_function in pairs:
         for a, b in zip(from_module, from_function, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [MindLoss, FusedLinearCrossEntropy, FusedLinearKL, AnswerConsistency, TAWeightedKL, MultiRationaleLogSoftmax],
+)
+def test_a_modules_settings_are_attributes_that_forward_reads(module, monkeypatch: pytest.MonkeyPatch) -> None:
+    twin = module()
+    wanted = {name: f"another {name}" for name in inspect.signature(module).parameters}
+    for name, value in wanted.items():
+        setattr(twin, name, value)
+    read: dict[str, object] = {}
+    home = sys.modules[module.__module__]
+    (function,) = (name for name in home.__all__ if name.replace("_", "") == module.__name__.lower())
+    monkeypatch.setattr(home, function, lambda *tensors, **more: read.update(more))
+    tensors = inspect.signature(twin.forward).parameters.values()
+    twin(**{each.name: None for each in tensors if each.default is inspect.Parameter.empty})
+    assert {name: read[name] for name in wanted} == wanted
