@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from mind_kernels.chunking import Chunk, Scratch, block_rows, to_device
-from mind_kernels.divergences import pairwise_jsd_and_gradient, row_softmax
+from mind_kernels.divergences import RowSoftmax, pairwise_jsd_and_gradient, row_softmax, softplus
 from mind_kernels.plan import Plan, RowLosses, SweepOptions, Terms
 from mind_kernels.reduction import statistics_dtype
 from mind_kernels.teacher_rows import TeacherRows, apply_head_
+
+# A label's logit where the softmax is of the other tokens: finite, so that it is 0 and not NaN if they are all −inf.
+LOWEST = -1.0e30
 
 
 class _BlockLosses(NamedTuple):
@@ -39,13 +42,21 @@ def _block_losses(
         # d/du c·tanh(u/c) = 1 − tanh²
         softcap_slope = torch.div(z, options.logit_softcap, out=scratch("slope", z.shape)).square_().neg_().add_(1)
 
-    student = cross_entropy = None
+    student = probs = cross_entropy = None
     if options.cross_entropy_weight != 0:
         labels = _Labels(terms.labels, z)
         is_read_again = teacher_rows is not None or pair_weights is not None
-        student = row_softmax(z, scratch("whole student", z.shape) if is_read_again else z)
-        label_log_prob = student.log_probs(labels.logits)
-        cross_entropy = labels.nan_where_invalid(-label_log_prob)
+        others = row_softmax(labels.put_(z, LOWEST), scratch("whole student", z.shape) if is_read_again else z)
+        if is_read_again:
+            labels.put_(z, labels.logits)
+        log_odds = others.row_max - labels.logits + others.log_total  # log (1 − p_y)/p_y
+        probs, rest = others.probs, torch.sigmoid(log_odds)  # 1 − p_y with all digits, and so is the loss
+        row_loss = softplus(log_odds)
+        cross_entropy = labels.nan_where_invalid(row_loss)
+        if is_read_again:
+            row_max = torch.maximum(others.row_max, labels.logits)
+            labels.put_(probs.mul_(rest), torch.sigmoid(-log_odds))
+            student = RowSoftmax(probs, row_max, labels.logits - row_max + row_loss)
     kl = jsd = gradient_kl = gradient_pairs = None
     if teacher_rows is not None and terms.kl is not None:
         kl, gradient_kl = teacher_rows.divergence(z, start, start + len(z), need_gradient, scratch, student)
@@ -54,12 +65,12 @@ def _block_losses(
     if not need_gradient:
         return _BlockLosses(cross_entropy, kl, jsd)
 
-    if student is None:
+    if probs is None:
         z.zero_()
-    else:  # coefficient·(softmax(z) − onehot(y)); expm1 keeps the digits of p_y − 1 for a confident student
-        coefficient = terms.cross_entropy.unsqueeze(-1)
-        torch.mul(student.probs, coefficient, out=z)
-        z.scatter_(-1, labels.index, coefficient * torch.expm1(label_log_prob))
+    else:  # coefficient·(softmax(z) − onehot(y))
+        at_label = terms.cross_entropy.unsqueeze(-1) * rest
+        torch.mul(probs, at_label if student is None else terms.cross_entropy.unsqueeze(-1), out=z)
+        labels.put_(z, -at_label)
     if gradient_kl is not None and terms.kl is not None:
         coefficient = (terms.kl * options.kl.gradient_scale).unsqueeze(-1)
         if options.kl.divergence == "reverse":  # which may be infinite, and 0·inf would be NaN
@@ -83,6 +94,10 @@ class _Labels:
             self.invalid = (self.index < 0) | (self.index >= z.shape[-1])
             self.index = self.index.masked_fill(self.invalid, 0)
         self.logits = z.gather(-1, self.index)
+
+    def put_(self, rows: Tensor, value: Tensor | float) -> Tensor:  # (m, V), (m, 1)
+        """Writes in each row the label's place; returns rows."""
+        return rows.scatter_(-1, self.index, value)
 
     def nan_where_invalid(self, losses: Tensor) -> Tensor:  # (m, 1) -> (m,)
         return (losses if self.invalid is None else losses.masked_fill(self.invalid, math.nan)).squeeze(-1)

@@ -586,14 +586,35 @@ def test_fp16_logits_keep_small_gradients_under_a_loss_scale(backend: str, compi
         assert relative_error(gradient, wanted) < 2e-3
 
 
-def test_confident_student_keeps_the_digits_of_its_gradient() -> None:
-    # p_y − 1 ≈ −1e-6: formed by subtraction from a bf16 or fp32 probability nothing would be left.
-    hidden = torch.tensor([[14.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
-    loss, _ = fused_linear_cross_entropy(hidden, weight, torch.tensor([0]))
-    loss.backward()
-    exact = -2 * math.exp(-14) / (1 + 2 * math.exp(-14))
-    assert abs(float(hidden.grad[0, 0]) / exact - 1) < 4e-3
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_teacher", [False, True], ids=["alone", "beside-a-teacher"])
+def test_confident_student_keeps_the_digits_of_its_loss_and_gradient(has_teacher: bool, dtype: torch.dtype) -> None:
+    # 1 − p_y is e^(log 2 − gap), and from a gap of 17 on p_y rounds to 1.
+    weight = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]], dtype=dtype)
+    labels = torch.zeros(1, 1, 1, dtype=torch.int64)
+    of_gradient = 0.0 if dtype == torch.float32 else 4e-3
+    for gap in (-14.0, 0.0, 8.0, 14.0, 15.0, 16.0, 17.0, 18.0, 40.0, 80.0):
+        hidden = torch.tensor([gap, 0.0], dtype=dtype).view(1, 1, 1, 2).requires_grad_()
+        teacher = TeacherLogits(hidden.detach() @ weight.T) if has_teacher else None
+        loss = mind_loss(
+            hidden, weight, labels, rationale_weights=torch.ones(1, 1), teacher=teacher, kl_weight=1e-30 * has_teacher
+        ).loss
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        others, of_log_odds = 2 * math.exp(-gap), 1e-6 + abs(gap) * 2**-23  # which are rounded
+        assert abs(float(loss.detach()) / math.log1p(others) - 1) < of_log_odds, gap
+        assert abs(float(gradient.flatten()[0]) / (-others / (1 + others)) - 1) < of_log_odds + of_gradient, gap
+
+
+def test_a_label_that_alone_has_a_probability() -> None:
+    hidden = torch.ones(1, 2, requires_grad=True)
+    weight = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    bias = torch.tensor([-math.inf, 0.0, -math.inf])
+    loss, _ = fused_linear_cross_entropy(hidden, weight, torch.tensor([1]), lm_head_bias=bias)
+    assert float(loss.detach()) == 0
+    for gradient in torch.autograd.grad(loss, (hidden, weight)):
+        assert not gradient.any()
+    loss, _ = fused_linear_cross_entropy(hidden, weight[:1], torch.tensor([0]))
+    assert float(loss.detach()) == 0 and not torch.autograd.grad(loss, hidden)[0].any()
 
 
 def test_deterministic_from_run_to_run() -> None:
