@@ -317,6 +317,12 @@ def is_number(answer: str) -> bool:
     return len(answer) <= MAX_EXPRESSION_LENGTH and _number(answer) is not None
 
 
+def is_option(answer: str) -> bool:
+    """Whether a wanted answer is an option's letter, with or without its text; not what may be a name, "E. coli"."""
+    answer = _clean(answer)
+    return _option(answer) is not None and _INITIAL.fullmatch(answer) is None
+
+
 def _clean(text: str) -> str:
     """Without typographic variants, emphasis and what only frames an answer: $…$, \\boxed{…}, a final period."""
     text = re.sub(r"(?<=\d),\s*\\!\s*(?=\d)", ",", text)  # 11,\! 111

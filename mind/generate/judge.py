@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mind.generate.ledger import Answer
-from mind.prompting import PromptFormat, answers_match
+from mind.prompting import PromptFormat, answers_match, is_option
 
 BOXED = PromptFormat("\\boxed{{answer}}")  # how mathematical models finish, whatever they are told
 SAME_TRIGRAMS = 0.7  # from here on two rationales are near-duplicates
@@ -71,7 +71,12 @@ def split_answer(output: str, prompt_format: PromptFormat) -> tuple[str, str | N
 def is_free_text(wanted: str) -> bool:
     """Whether an answer can only be compared by its words: no number, formula, option letter or yes/no."""
     word = wanted.strip(" ().:").casefold()
-    return len(word) > 1 and word not in ("yes", "no", "true", "false") and not re.search(r"[\d\\^+*/=<>]", wanted)
+    return (
+        len(word) > 1
+        and word not in ("yes", "no", "true", "false")
+        and not is_option(wanted)
+        and not re.search(r"[\d\\^+*/=<>]", wanted)
+    )
 
 
 def says_yes(reply: str) -> bool | None:

@@ -239,8 +239,9 @@ def test_verdicts(given_answer: Answer, wanted: str, reason: str | None) -> None
 
 
 def test_free_text() -> None:
-    assert all(map(is_free_text, ("Marie Curie", "the Nile", "osmosis")))
+    assert all(map(is_free_text, ("Marie Curie", "the Nile", "osmosis", "E. coli", "J. K. Rowling")))
     assert not any(map(is_free_text, ("7", "B", "(b)", "yes", "False", "x^2", "\\frac{a}{b}", "3 apples")))
+    assert not any(map(is_free_text, ("A) cats", "(B) the cat", "Option C: a dog", "**(B)** cats")))
     replies = {"Yes.": True, " no, it is not": False, "Maybe": None, "": None, "<think>no</think>yes": True}
     assert {reply: says_yes(reply) for reply in replies} == replies
 
