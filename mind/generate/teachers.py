@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from mind.generate import GenerateError
 from mind.generate.ledger import Answer, Request
 from mind.generate.topk import StudentTokens, topk_of
-from mind.prompting import chat_text, end_of_turn_id
+from mind.prompting import chat_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -382,12 +382,12 @@ class LocalTeacher:
         """The sampling's settings alone, and every token that ends a turn."""
         from transformers import GenerationConfig
 
-        own = model.generation_config.eos_token_id if model.generation_config is not None else None
-        stop = {end_of_turn_id(tokenizer), tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+        from mind.evaluation import generation_stop_ids
+
         sampled = {"do_sample": True, "temperature": self.sampling.temperature, "top_k": 0, "top_p": 1.0}
         model.generation_config = GenerationConfig(
             max_new_tokens=self.sampling.max_tokens,
-            eos_token_id=sorted(stop - {None}),
+            eos_token_id=generation_stop_ids(model, tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             **(sampled if self.sampling.temperature > 0 else {"do_sample": False}),
         )
