@@ -20,6 +20,13 @@ def softplus(x: Tensor, out: Tensor | None = None) -> Tensor:
     return F.softplus(x, threshold=_SOFTPLUS_THRESHOLD, out=out)  # type: ignore[call-arg]  # the stub lacks out
 
 
+def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a + b rounded, and what it lost: their sum is exact (Knuth)."""
+    rounded = a + b
+    of_b = rounded - a
+    return rounded, (a - (rounded - of_b)) + (b - of_b)
+
+
 class RowSoftmax(NamedTuple):
     """log softmax(z) = (z − row_max) − log_total."""
 
@@ -65,9 +72,16 @@ def logits_divergence_and_gradient(
 ) -> tuple[Tensor, Tensor | None]:  # (m,), (m, V)
     """The same from logits. Overwrites z_teacher; the gradient lies in it or in scratch."""
     teacher = row_softmax(z_teacher, scratch("teacher", z_teacher.shape))
-    shift = (teacher.row_max - student.row_max) + (teacher.log_total - student.log_total)
+    of_max, of_max_lost = two_sum(teacher.row_max, -student.row_max)
+    shift, lost = two_sum(of_max, teacher.log_total - student.log_total)
     d = z_teacher.sub_(z_student).sub_(shift)  # log t − log s
-    return _divergence(teacher.probs, student.probs, d, divergence, beta, need_gradient, scratch)
+    loss, gradient = _divergence(teacher.probs, student.probs, d, divergence, beta, need_gradient, scratch)
+    # What rounding took from the shift is missing from all of d alike: Σ t·d and Σ s·d are off by it. The JSD is not,
+    # whose derivative by it is 0, and gradients subtract a mean.
+    if divergence != "jsd":
+        lost = lost.add_(of_max_lost).squeeze(-1)
+        loss = loss - lost if divergence == "forward" else loss + lost
+    return loss, gradient
 
 
 def _divergence(
