@@ -228,7 +228,7 @@ class MindConfig(TrainingArguments):
         )
         for name in positive:
             self._want(name, getattr(self, name) > 0, "a positive number")
-        for name in ("consistency_weight", "kl_weight", "assistant_warmup_epochs", "dataloader_num_workers"):
+        for name in ("consistency_weight", "kl_weight", "assistant_warmup_epochs"):
             self._want(name, getattr(self, name) >= 0, "a number that is not negative")
         for name in ("assistant_dropout", "lora_dropout", "loss_ema", "gradient_tolerance"):
             self._want(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")

@@ -167,7 +167,10 @@ def test_heldout_questions(inputs: Path, tmp_path: Path, capsys: pytest.CaptureF
         ({"accelerator_config": '{"even_batches": false}'}, "accelerator_config: given even_batches = False, want"),
         ({"accelerator_config": '{"split_batches": true}'}, "accelerator_config: given split_batches = True, want"),
         ({"accelerator_config": "no.json"}, "No such file or directory: 'no.json'"),
-        ({"dataloader_num_workers": -1}, "dataloader_num_workers: given -1, want a number that is not negative"),
+        (
+            {"dataloader_num_workers": 2},
+            "dataloader_num_workers: given 2, want 0: questions are tokenised and in memory",
+        ),
         ({"push_to_hub": True}, "push_to_hub: given True, want False: what is uploaded is renamed meanwhile; upload"),
         ({"report_to": "wandx"}, "report_to: given 'wandx', want none, all or what is installed: "),
         ({"report_to": "neptune"}, "report_to: given 'neptune', want none, all or what is installed: "),
