@@ -373,6 +373,7 @@ def test_report(run: Path, tmp_path: Path) -> None:
     more["cases"][0] |= {"id": "tiny N=48 bfloat16", "num_rows": 48}
     for row in more["cases"][0]["rows"]:
         row["peak_bytes"] = 2**40 if row["provider"] == "pytorch" else row["peak_bytes"]
+    more["cases"][0]["rows"][0]["rounds"] = 1
     more["cases"][0]["rows"][2] |= {"status": OOM, "times": {}, "peak_bytes": None, "reason": "9 GiB"}
     files = [run, tmp_path / "more.json", tmp_path / "steps.json"]
     files[1].write_text(json.dumps(more))
@@ -398,6 +399,7 @@ def test_report(run: Path, tmp_path: Path) -> None:
         "forward KL from a teacher",
         "a MIND batch",
         "**mind**",
+        f"{document['cases'][0]['rows'][0]['provider']}** (one cold step) |",
         "OOM: 9 GiB",
         "Computed, not measured",
         "`mind` trains 1.33 × the questions per second of `transformers`, the fastest peer, and wins",
@@ -408,6 +410,19 @@ def test_report(run: Path, tmp_path: Path) -> None:
     images = [line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
     assert len(set(images)) == 7  # losses, budgets of the five cases, rows
     assert all((tmp_path / image).read_bytes().startswith(b"\x89PNG") for image in images)
+
+
+def test_the_last_run_is_the_latest_whatever_its_file_is_called(run: Path, tmp_path: Path) -> None:
+    document = json.loads(run.read_text())
+    for name, time_of_run, peak in (("a", "2027-01-02", 700), ("b", "2027-01-01", 600), ("c", None, 500)):
+        document["environment"].pop("time", None)
+        document["environment"] |= {"time": time_of_run} if time_of_run else {}
+        document["cases"][0]["rows"][0]["peak_bytes"] = peak * 2**20
+        (tmp_path / f"{name}.json").write_text(json.dumps(document))
+    files = [str(tmp_path / f"{name}.json") for name in "abc"]
+    assert report.main([*files, "--output", str(tmp_path / "RESULTS.md")]) == 0
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "700 MiB" in text and "600 MiB" not in text and "500 MiB" not in text
 
 
 def timed(provider: str, p50: float, peak: int) -> dict[str, Any]:

@@ -186,6 +186,9 @@ def test_report_tells_what_the_files_hold(folder: Path, tmp_path: Path) -> None:
                 "log": {"selected_rationales": [2.0, 3.0], "rank_correlation": [-0.5, -0.25] * (method == "mind")},
             }
             (results / f"{method}-{seed}-{len(list(results.iterdir()))}.json").write_text(json.dumps(run))
+    other_seed = {"settings": base | {"method": "no_fusion", "seed": 2}, "validation_loss": 1.2}
+    other_seed["test"] = run["test"] | {"correct": [1, 1, 1, 1]}  # with which those of seeds 0 and 1 are not compared
+    (results / "other_seed.json").write_text(json.dumps(run | other_seed))
     chosen = {"settings": base | {"method": "no_fusion", "seed": 100}, "environment": environment, "steps": 12}
     chosen |= {"validation_loss": 0.9, "validation": {"accuracy": 0.5, "answered": 1.0, "correct": [1, 0]}}
     (results / "chosen.json").write_text(json.dumps(chosen | {"log": {"selected_rationales": [3.0, 1.0]}}))
@@ -204,7 +207,7 @@ def test_report_tells_what_the_files_hold(folder: Path, tmp_path: Path) -> None:
     assert by_perspective == "| `mind` | 0.55 | 1.55 |"
     (other_row, _) = (line for line in text.splitlines() if line.startswith("| `mind`, β = 0.3 |"))
     assert "| 100.0 [100.0, 100.0] | +75.0 [" in other_row
-    assert text.count("| `no_fusion` | 2 | 1.050") == 1 and text.count("| `no_fusion`, rate 0.0001 | 2 | 1.050") == 1
+    assert text.count("| `no_fusion` | 3 | 1.100") == 1 and text.count("| `no_fusion`, rate 0.0001 | 2 | 1.050") == 1
     assert text.count("### s on svamp, 1,000 trained tokens") == 2
     assert "| s on svamp | `no_fusion` | 1,000 | 4 | 0.0001 | 0.8 | 0.1 | 100 | 12 | 2.00 | 0.9000 | 50.0 [" in text
     assert "| s on svamp | untrained | 1,000 | 4 | 0.0001 | 0.8 | 0.1 | 100 | – | – | 2.0000 | 50.0 [" in text
