@@ -561,9 +561,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ValueError as error:
             if args.files:  # other programs' files in bench/results are none of ours
                 parser.error(str(error))
-    documents.sort(
-        key=lambda document: document["environment"].get("time", "")
-    )  # the last run last; older ones lack it
+    # The last run last; those that do not tell their time come first, by name.
+    documents.sort(key=lambda document: document["environment"].get("time", ""))
     if not documents:
         parser.error(f"{RESULTS}: holds no JSON of bench.losses or bench.steps, want some")
     try:

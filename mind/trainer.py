@@ -543,7 +543,7 @@ class MindTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with the means of what was `summarise`d since the last time, of all ranks, beside the loss."""
         if "loss" in logs and self._since_log:
-            totals, self._since_log = self._since_log, {}
+            totals, self._since_log = dict(sorted(self._since_log.items())), {}  # in the same order on every rank
             now, ranks = time.perf_counter(), self.accelerator.num_processes
             totals["supervised_tokens_per_second"][1] = (now - self._log_start) / ranks
             self._log_start = now

@@ -44,7 +44,7 @@ def fp16_head_scale(
         return 1.0
     norms = torch.linalg.vector_norm(hidden_states, torch.inf, dim=1, dtype=torch.float32)[rows]
     bound = norms.amax().clamp(min=1.0) * (len(rows) * largest / 2**15)
-    exponent = torch.frexp(bound).exponent.clamp(min=0)  # bound < 2^exponent; 0 for inf and NaN
+    exponent = torch.frexp(bound).exponent.clamp(min=0)  # bound < 2^exponent, unless it is inf or NaN, and so dW
     return torch.ldexp(torch.ones_like(bound), exponent)
 
 

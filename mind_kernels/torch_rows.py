@@ -15,6 +15,7 @@ from mind_kernels.divergences import RowSoftmax, pairwise_jsd_and_gradient, row_
 from mind_kernels.plan import Plan, RowLosses, SweepOptions, Terms
 from mind_kernels.reduction import statistics_dtype
 from mind_kernels.teacher_rows import TeacherRows, apply_head_
+from mind_kernels.teachers import TeacherTopK
 
 # A label's logit where the softmax is of the other tokens: finite, so that it is 0 and not NaN if they are all −inf.
 LOWEST = -1.0e30
@@ -53,7 +54,7 @@ def _block_losses(
         probs, rest = others.probs, torch.sigmoid(log_odds)  # 1 − p_y with all digits, and so is the loss
         row_loss = softplus(log_odds)
         cross_entropy = labels.nan_where_invalid(row_loss)
-        if is_read_again:
+        if teacher_rows is not None and not isinstance(options.teacher, TeacherTopK):  # a dense one reads it whole
             row_max = torch.maximum(others.row_max, labels.logits)
             labels.put_(probs.mul_(rest), torch.sigmoid(-log_odds))
             student = RowSoftmax(probs, row_max, labels.logits - row_max + row_loss)
