@@ -314,19 +314,13 @@ def check_teacher(teacher: object, rows_shape: torch.Size, V: int, device: torch
         )
 
 
-class Rationales(NamedTuple):
-    """Both layouts, flat: row n of (N, H) belongs to rationale rationale_id[n] of R."""
-
-    rationale_id: Tensor  # (N,) int64
-    weights: Tensor  # R weights, of shape losses_shape
-    losses_shape: torch.Size  # (B, K), (R,), … : the shape in which per-rationale losses are returned
-
-
 def resolve_rationales(
     rows_shape: torch.Size, cu_seqlens: Tensor | None, rationale_weights: Tensor | None, rows: Tensor
-) -> Rationales:
-    """Which rationale each row belongs to: cu_seqlens in the packed layout, the leading axes in the padded one.
+) -> tuple[Tensor, Tensor]:  # (N,) int64, (...), (R,) or (B, K)
+    """Both layouts made one: the rationale to which each flat row belongs, and the weights of the R rationales.
 
+    cu_seqlens divides the rows of the packed layout, the leading axes those of the padded one. Losses per rationale are
+    returned in the shape of the weights.
     rows: hidden states or logits, for their device and dtype.
     """
     device = rows.device
@@ -342,9 +336,8 @@ def resolve_rationales(
                 f"rationale_weights: given shape {tuple(rationale_weights.shape)}, "
                 f"wanted {tuple(lead)}, the leading axes of hidden_states",
             )
-        return Rationales(
-            torch.arange(R, device=device).repeat_interleave(T), _weights_or_mean(rationale_weights, lead, rows), lead
-        )
+        rationale_id = torch.arange(R, device=device).repeat_interleave(T)
+        return rationale_id, _weights_or_mean(rationale_weights, lead, rows)
 
     check_integer("cu_seqlens", cu_seqlens)
     check_device("cu_seqlens", cu_seqlens, device)
@@ -368,9 +361,8 @@ def resolve_rationales(
             rationale_weights.numel() == R,
             f"rationale_weights: given shape {tuple(rationale_weights.shape)}, wanted {R}, one for each segment",
         )
-    shape = torch.Size((R,)) if rationale_weights is None else rationale_weights.shape
     rationale_id = torch.arange(R, device=device).repeat_interleave(lengths, output_size=N)
-    return Rationales(rationale_id, _weights_or_mean(rationale_weights, shape, rows), shape)
+    return rationale_id, _weights_or_mean(rationale_weights, torch.Size((R,)), rows)
 
 
 def _weights_or_mean(rationale_weights: Tensor | None, shape: torch.Size, rows: Tensor) -> Tensor:

@@ -256,8 +256,9 @@ def linear_loss_and_gradients(
             consistency = 0.5 * (alpha * neighbours).sum()
             loss = loss + options.consistency_weight * consistency
             grad_weights = grad_weights + options.consistency_weight * neighbours.reshape(-1)
-    cross_entropy, kl = result.cross_entropy.reshape(options.losses_shape), result.kl.reshape(options.losses_shape)
-    return LinearLosses(loss, cross_entropy, kl, consistency), result, grad_weights.view(rationale_weights.shape)
+    shape = rationale_weights.shape
+    losses = LinearLosses(loss, result.cross_entropy.view(shape), result.kl.view(shape), consistency)
+    return losses, result, grad_weights.view(shape)
 
 
 class _LinearLoss(torch.autograd.Function):

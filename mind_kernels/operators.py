@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from mind_kernels.arguments import (
-    Rationales,
     check_answer_index,
     check_labels,
     check_supervised_index,
@@ -33,27 +32,20 @@ from mind_kernels.reduction import statistics_dtype
 from mind_kernels.teacher_rows import KLOptions
 from mind_kernels.teachers import TeacherHidden, TeacherLogits, TeacherTopK
 
-RATIONALES_FIELDS = Rationales._fields  # read here, as the compiler of PyTorch 2.8 cannot
-
 # Launches depend on how many rows there are, which a replayed graph would not ask again: a compiler that makes graphs
 # (mode="reduce-overhead") leaves these operators between them.
 NO_CUDA_GRAPH = (torch.Tag.cudagraph_unsafe,)
 
-_NESTED = {
-    kind.__name__: kind for kind in (KLOptions, Rationales, GradientPruning, TeacherHidden, TeacherLogits, TeacherTopK)
-}
+_NESTED = {kind.__name__: kind for kind in (KLOptions, GradientPruning, TeacherHidden, TeacherLogits, TeacherTopK)}
 
 
 def _pack(options: Any) -> tuple[list[Tensor | None], dict[str, Any]]:
-    """A dataclass or named tuple as its tensors, in the order of its fields, and a dictionary of everything else."""
+    """A dataclass as its tensors, in the order of its fields, and a dictionary of everything else."""
     tensors: list[Tensor | None] = []
     plain: dict[str, Any] = {}
-    names = RATIONALES_FIELDS if isinstance(options, Rationales) else [field.name for field in fields(options)]
-    for name in names:
-        value = getattr(options, name)
-        if isinstance(value, torch.Size):  # losses_shape, which may be symbolic: an operator returns (R,)
-            plain[name] = [-1]
-        elif isinstance(value, Tensor):
+    for field in fields(options):
+        name, value = field.name, getattr(options, field.name)
+        if isinstance(value, Tensor):
             tensors.append(value.detach())  # never differentiated
             plain[name] = {"tensor": len(tensors) - 1}
         elif isinstance(value, torch.dtype):
@@ -81,8 +73,6 @@ def _unpack(kind: Any, tensors: Sequence[Tensor | None], plain: dict[str, Any]) 
             value = getattr(torch, value["dtype"])
         elif isinstance(value, dict):
             value = _unpack(_NESTED[value["kind"]], tensors[value["first"] :], value["fields"])
-        elif isinstance(value, list):
-            value = torch.Size(value)
         values[name] = value
     return kind(**values)
 
@@ -150,7 +140,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     described = json.loads(settings)
     stats = statistics_dtype(getattr(torch, described["compute_dtype"]))
-    R = rationale_weights.numel()
+    shape = rationale_weights.shape
 
     def new(*size: int) -> Tensor:
         return hidden_states.new_empty(size, dtype=stats)
@@ -158,11 +148,11 @@ def _(
     # The gradients of head and bias are contiguous, whatever they are.
     like_bias = lm_head_bias if lm_head_bias is not None and needs[2] else hidden_states
     return (
-        new(), new(R), new(R), new(), new(), new(),
+        new(), new(*shape), new(*shape), new(), new(), new(),
         torch.empty_like(hidden_states) if needs[0] else hidden_states.new_empty(0),
         lm_head_weight.new_empty(lm_head_weight.shape if needs[1] else (0,)),
         like_bias.new_empty(len(like_bias) if like_bias is lm_head_bias else 0),
-        new(*rationale_weights.shape) if needs[3] else rationale_weights.new_empty(0),
+        new(*shape) if needs[3] else rationale_weights.new_empty(0),
     )  # fmt: skip
 
 
@@ -203,8 +193,7 @@ def compiled_linear_loss(
     tensors, plain = _pack(options)
     settings = _as_json({"options": plain, "compute_dtype": str(compute_dtype).removeprefix("torch.")})
     loss, cross_entropy, kl, consistency, *_ = _linear_loss(*inputs, tensors, settings, needs)
-    cross_entropy, kl = (losses.detach().reshape(options.losses_shape) for losses in (cross_entropy, kl))
-    return LinearLosses(loss, cross_entropy, kl, consistency.detach())
+    return LinearLosses(loss, cross_entropy.detach(), kl.detach(), consistency.detach())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,7 +208,7 @@ def _kl_loss(
     settings: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = replace(_unpack(KLCall, option_tensors, json.loads(settings)), grad_enabled=needs[0])
+    options = _unpack(KLCall, option_tensors, json.loads(settings))
     loss, losses, grad_logits, scale = kl_loss_and_gradients(logits, rationale_weights, options, needs[0])
     return loss, losses.clone(), _scale_like(loss, scale), _or_empty(grad_logits, logits)
 
@@ -260,4 +249,4 @@ def compiled_kl_loss(logits: Tensor, rationale_weights: Tensor, options: KLCall)
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (logits, rationale_weights)]
     tensors, plain = _pack(options)
     loss, losses, *_ = _kl_loss(logits, rationale_weights, tensors, _as_json(plain), needs)
-    return loss, losses.detach().reshape(options.rationales.losses_shape)
+    return loss, losses.detach().reshape(rationale_weights.shape)

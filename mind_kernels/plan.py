@@ -23,8 +23,7 @@ class SweepOptions:
             + consistency_weight·Σ_b Σ_{i<j} w_bi w_bj·JSD_bij) / num_questions
     """
 
-    losses_shape: torch.Size  # of what is returned per rationale
-    kl: KLOptions  # with a teacher
+    kl: KLOptions  # read with a teacher; no default, whose construction torch.compile could not trace
     cross_entropy_weight: float = 0.0
     kl_weight: float = 0.0
     consistency_weight: float = 0.0

@@ -124,7 +124,7 @@ def mind_loss(
     V = lm_head_weight.shape[0]
     check_labels(shift_labels, rows_shape, V, ignore_index, hidden_states.device)
     check_supervised_index(supervised_index, shift_labels, ignore_index)
-    rationales = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, hidden_states)
+    rationale_id, _ = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, hidden_states)
     if answer_index is not None:
         check_answer_index(answer_index, rationale_weights, rows_shape.numel())
     require(teacher is not None or kl_weight == 0, f"teacher: given None with kl_weight {kl_weight}, wanted a teacher")
@@ -133,14 +133,13 @@ def mind_loss(
     questions = resolve_num_questions(num_questions, rationale_weights.shape[0])
     num_compared = rationale_weights.shape[1] if answer_index is not None and consistency_weight > 0 else 1
     options = SweepOptions(
-        losses_shape=rationales.losses_shape,
         cross_entropy_weight=1.0,
         kl_weight=kl_weight,
         consistency_weight=consistency_weight,
         num_questions=questions,
         labels=shift_labels.reshape(-1),
         ignore_index=ignore_index,
-        rationale_id=rationales.rationale_id,
+        rationale_id=rationale_id,
         supervised_index=supervised_index,
         answer_index=answer_index if consistency_weight > 0 else None,
         teacher=teacher if kl_weight > 0 else None,

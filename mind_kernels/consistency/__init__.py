@@ -63,7 +63,6 @@ def answer_consistency(
     check_logits_dtype(logits_dtype, hidden_states)
     check_answer_index(answer_index, rationale_weights, hidden_states.shape[:-1].numel())
     options = SweepOptions(
-        losses_shape=torch.Size(rationale_weights.shape),
         kl=KLOptions(),
         consistency_weight=1.0,
         num_questions=resolve_num_questions(num_questions, rationale_weights.shape[0]),

@@ -86,14 +86,13 @@ def fused_linear_cross_entropy(
     rows_shape = hidden_states.shape[:-1]
     check_labels(shift_labels, rows_shape, lm_head_weight.shape[0], ignore_index, hidden_states.device)
     check_supervised_index(supervised_index, shift_labels, ignore_index)
-    rationales = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, hidden_states)
+    rationale_id, weights = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, hidden_states)
     options = SweepOptions(
-        losses_shape=rationales.losses_shape,
         kl=KLOptions(),
         cross_entropy_weight=1.0,
         labels=shift_labels.reshape(-1),
         ignore_index=ignore_index,
-        rationale_id=rationales.rationale_id,
+        rationale_id=rationale_id,
         supervised_index=supervised_index,
         reduction=reduction,
         logit_scale=logit_scale,
@@ -103,7 +102,7 @@ def fused_linear_cross_entropy(
         max_logits_bytes=max_logits_bytes,
         backend=choose_backend(backend, hidden_states),
     )
-    losses = linear_loss(hidden_states, lm_head_weight, lm_head_bias, rationales.weights, options)
+    losses = linear_loss(hidden_states, lm_head_weight, lm_head_bias, weights, options)
     return losses.loss, losses.cross_entropy
 
 

@@ -18,6 +18,7 @@ from mind_kernels.arguments import (
     require,
     resolve_rationales,
 )
+from mind_kernels.kl.call import KLCall
 from mind_kernels.kl.function import weighted_kl
 from mind_kernels.teacher_rows import KLOptions
 from mind_kernels.teachers import Teacher
@@ -76,21 +77,18 @@ def ta_weighted_kl(
         supervised_index = torch.arange(rows_shape.numel(), device="cpu")
     check_labels(shift_labels, rows_shape, V, ignore_index, student_logits.device)
     check_supervised_index(supervised_index, shift_labels, ignore_index)
-    rationales = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, student_logits)
-    options = KLOptions(divergence, beta, temperature, temperature_power)
-    supervised = shift_labels.reshape(-1) != ignore_index
-    chosen = choose_backend(backend, student_logits)
-    return weighted_kl(
-        student_logits,
-        teacher,
-        rationales,
-        supervised,
-        supervised_index,
-        options,
-        reduction,
-        max_logits_bytes,
-        chosen,
+    rationale_id, weights = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, student_logits)
+    options = KLCall(
+        teacher=teacher,
+        kl=KLOptions(divergence, beta, temperature, temperature_power),
+        rationale_id=rationale_id,
+        supervised=shift_labels.reshape(-1) != ignore_index,
+        supervised_index=supervised_index,
+        reduction=reduction,
+        max_logits_bytes=max_logits_bytes,
+        backend=choose_backend(backend, student_logits),
     )
+    return weighted_kl(student_logits, weights, options)
 
 
 class TAWeightedKL(nn.Module):

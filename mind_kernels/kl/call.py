@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mind_kernels.arguments import Rationales
 from mind_kernels.chunking import DEFAULT_MAX_LOGITS_BYTES, to_device
 from mind_kernels.teacher_rows import KLOptions
 from mind_kernels.teachers import Teacher
@@ -18,12 +17,11 @@ class KLCall:
 
     teacher: Teacher
     kl: KLOptions
-    rationales: Rationales
+    rationale_id: Tensor  # (N,) int64
     supervised: Tensor  # (N,) bool
     supervised_index: Tensor | None  # (n,) int64 on the host: where it is True
     reduction: str
     max_logits_bytes: int | None
-    grad_enabled: bool
     backend: str  # "torch" | "triton"
 
     @property

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mind_kernels.arguments import (
-    Rationales,
     current_device,
     refuse_second_derivative,
     with_tensors,
@@ -17,8 +16,6 @@ from mind_kernels.arguments import (
 from mind_kernels.kl.call import KLCall
 from mind_kernels.kl.torch_path import torch_divergences
 from mind_kernels.reduction import multiply_, weighted_sum
-from mind_kernels.teacher_rows import KLOptions
-from mind_kernels.teachers import Teacher
 
 
 def _divergences(
@@ -46,18 +43,24 @@ class _TAWeightedKL(torch.autograd.Function):
     """As in the sweep, the first backward takes the gradient made in forward; another one makes it anew."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, rationale_weights: Tensor, options: KLCall) -> tuple[Tensor, Tensor]:
-        need_gradient = options.grad_enabled and ctx.needs_input_grad[0]
+    def forward(
+        ctx: Any,
+        logits: Tensor,  # (..., V)
+        rationale_weights: Tensor,
+        options: KLCall,
+        grad_enabled: bool,
+    ) -> tuple[Tensor, Tensor]:
+        need_gradient = grad_enabled and ctx.needs_input_grad[0]
         loss, losses, *ctx.gradient = kl_loss_and_gradients(logits, rationale_weights, options, need_gradient)
         ctx.options, option_tensors = without_tensors(options)
         ctx.losses, ctx.weights_like = losses, (rationale_weights.shape, rationale_weights.dtype)
         ctx.save_for_backward(logits, rationale_weights, *option_tensors)
-        rationale_losses = losses.reshape(options.rationales.losses_shape).clone()  # the caller's own
+        rationale_losses = losses.view(rationale_weights.shape).clone()  # the caller's own
         ctx.mark_non_differentiable(rationale_losses)
         return loss, rationale_losses
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         (grad_logits, scale), ctx.gradient = ctx.gradient, (None, 1.0)
         grad_weights = None
@@ -71,26 +74,17 @@ class _TAWeightedKL(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             shape, dtype = ctx.weights_like
             grad_weights = (grad_loss * ctx.losses).reshape(shape).to(dtype)
-        return grad_logits, grad_weights, None
+        return grad_logits, grad_weights, None, None
 
 
 def weighted_kl(
     student_logits: Tensor,  # (..., V)
-    teacher: Teacher,
-    rationales: Rationales,
-    supervised: Tensor,  # (N,) bool
-    supervised_index: Tensor | None,  # (n,) on the host
-    kl: KLOptions,
-    reduction: str,
-    max_logits_bytes: int | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    grad_enabled = torch.is_grad_enabled()
-    options = KLCall(
-        teacher, kl, rationales, supervised, supervised_index, reduction, max_logits_bytes, grad_enabled, backend
-    )
+    rationale_weights: Tensor,
+    options: KLCall,
+) -> tuple[Tensor, Tensor]:  # Σ_r w_r·D_r, D in the shape of the weights
     if torch.compiler.is_compiling():
         from mind_kernels.operators import compiled_kl_loss
 
-        return compiled_kl_loss(student_logits, rationales.weights, options)
-    return _TAWeightedKL.apply(student_logits, rationales.weights, options)
+        return compiled_kl_loss(student_logits, rationale_weights, options)
+    # In Function.forward grad mode is off, so whether a graph is wanted is asked here.
+    return _TAWeightedKL.apply(student_logits, rationale_weights, options, torch.is_grad_enabled())

@@ -22,7 +22,7 @@ def torch_divergences(
     V, teacher = logits.shape[-1], options.teacher
     stats = statistics_dtype(logits.dtype)
     weights = rationale_weights.reshape(-1).to(stats)
-    reduce = RationaleReduction(weights, options.rationales.rationale_id, options.supervised, options.reduction)
+    reduce = RationaleReduction(weights, options.rationale_id, options.supervised, options.reduction)
     scale = fp16_scale([reduce.weight], logits.dtype)
     coefficients = reduce.weight * options.kl.gradient_scale / scale
     rows = options.rows

@@ -24,7 +24,7 @@ def triton_divergences(
     """The gradient is written over a copy of the logits that becomes the result. Rows not supervised are 0."""
     V, teacher, device = logits.shape[-1], options.teacher, logits.device
     weights = rationale_weights.reshape(-1).float()
-    reduce = RationaleReduction(weights, options.rationales.rationale_id, options.supervised, options.reduction)
+    reduce = RationaleReduction(weights, options.rationale_id, options.supervised, options.reduction)
     rows = options.rows
     row_losses = torch.empty(len(rows), dtype=torch.float32, device=device)
     gradient_scale = fp16_scale([reduce.weight], logits.dtype)

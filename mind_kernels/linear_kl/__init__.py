@@ -81,13 +81,12 @@ def fused_linear_kl(
     check_teacher(teacher, rows_shape, V, hidden_states.device, temperature)
     check_labels(shift_labels, rows_shape, V, ignore_index, hidden_states.device)
     check_supervised_index(supervised_index, shift_labels, ignore_index)
-    rationales = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, hidden_states)
+    rationale_id, weights = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, hidden_states)
     options = SweepOptions(
-        losses_shape=rationales.losses_shape,
         kl_weight=1.0,
         labels=shift_labels.reshape(-1),
         ignore_index=ignore_index,
-        rationale_id=rationales.rationale_id,
+        rationale_id=rationale_id,
         supervised_index=supervised_index,
         reduction=reduction,
         teacher=teacher,
@@ -99,7 +98,7 @@ def fused_linear_kl(
         max_logits_bytes=max_logits_bytes,
         backend=choose_backend(backend, hidden_states),
     )
-    losses = linear_loss(hidden_states, lm_head_weight, lm_head_bias, rationales.weights, options)
+    losses = linear_loss(hidden_states, lm_head_weight, lm_head_bias, weights, options)
     return losses.loss, losses.kl
 
 

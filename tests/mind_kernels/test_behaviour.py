@@ -552,7 +552,6 @@ def test_fp16_gradient_of_the_head_has_room_for_many_rows_of_one_label(case: str
 def test_forward_alone_makes_no_gradient_on_a_device_either() -> None:
     """Its rows are known by supervised_index, and the weights are not looked at."""
     options = SweepOptions(
-        torch.Size([2]),
         KLOptions(),
         cross_entropy_weight=1.0,
         labels=torch.zeros(6, dtype=torch.int64, device="meta"),
