@@ -28,7 +28,6 @@ from torch import Tensor
 
 from mind_kernels.arguments import (
     current_device,
-    product_dtype,
     refuse_second_derivative,
     with_tensors,
     without_autocast,
@@ -111,16 +110,16 @@ def sweep(
     lm_head_bias: Tensor | None,  # (V,)
     rationale_weights: Tensor,  # (R,) or (B, K)
     options: SweepOptions,
-    compute_dtype: torch.dtype,  # of the products
     needs_input_grad: Sequence[bool],  # of the four tensors
 ) -> SweepResult:
     """The losses, and the gradients that needs_input_grad asks for. See the head of this file."""
     need_grad_hidden_states, need_grad_weight, need_grad_bias, need_grad_rationale_weights = needs_input_grad
     need_gradient = need_grad_hidden_states or need_grad_weight or need_grad_bias
     (N, H), V = hidden_states.shape, lm_head_weight.shape[0]
-    device, stats = hidden_states.device, statistics_dtype(compute_dtype)
+    compute_dtype, device = options.compute_dtype, hidden_states.device
+    stats = statistics_dtype(compute_dtype)
     weights = rationale_weights.detach().reshape(-1).to(stats)
-    plan = make_plan(N, weights, options, compute_dtype, need_gradient, need_grad_rationale_weights)
+    plan = make_plan(N, weights, options, need_gradient, need_grad_rationale_weights)
     rows = plan.rows
 
     # Wider logits than the products take need the gradient in a buffer of its own.
@@ -238,12 +237,11 @@ def linear_loss_and_gradients(
     lm_head_bias: Tensor | None,  # (V,)
     rationale_weights: Tensor,  # (R,) or (B, K)
     options: SweepOptions,
-    compute_dtype: torch.dtype,
     needs: Sequence[bool],  # gradients, of the four tensors
 ) -> tuple[LinearLosses, SweepResult, Tensor]:  # and ∂loss/∂rationale_weights
     with without_autocast(hidden_states.device), current_device(hidden_states.device):
         tensors = hidden_states, lm_head_weight, lm_head_bias, rationale_weights
-        result = sweep(*tensors, options, compute_dtype, needs)
+        result = sweep(*tensors, options, needs)
         weights = rationale_weights.reshape(-1).to(result.cross_entropy.dtype)
         # ∂loss/∂w_r = (CE_r + kl_weight·KL_r + consistency_weight·Σ_j w_j·JSD_rj) / num_questions
         grad_weights = options.cross_entropy_weight * result.cross_entropy + options.kl_weight * result.kl
@@ -274,14 +272,13 @@ class _LinearLoss(torch.autograd.Function):
         lm_head_bias: Tensor | None,  # (V,)
         rationale_weights: Tensor,  # (R,) or (B, K)
         options: SweepOptions,
-        compute_dtype: torch.dtype,
         grad_enabled: bool,
     ) -> tuple[Tensor, ...]:
         needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:4]]
         tensors = hidden_states, lm_head_weight, lm_head_bias, rationale_weights
-        losses, ctx.result, ctx.grad_weights = linear_loss_and_gradients(*tensors, options, compute_dtype, needs)
+        losses, ctx.result, ctx.grad_weights = linear_loss_and_gradients(*tensors, options, needs)
         ctx.options, option_tensors = without_tensors(options)
-        ctx.compute_dtype, ctx.needs, ctx.weights_dtype = compute_dtype, needs, rationale_weights.dtype
+        ctx.needs, ctx.weights_dtype = needs, rationale_weights.dtype
         ctx.save_for_backward(*tensors, *option_tensors)
         ctx.mark_non_differentiable(*losses[1:])
         return tuple(losses)
@@ -294,14 +291,14 @@ class _LinearLoss(torch.autograd.Function):
             X, W, b, weights, *option_tensors = ctx.saved_tensors
             options = with_tensors(ctx.options, option_tensors)
             with without_autocast(grad_loss.device), current_device(grad_loss.device):
-                result = sweep(X, W, b, weights, options, ctx.compute_dtype, ctx.needs)
+                result = sweep(X, W, b, weights, options, ctx.needs)
         gradients = [result.grad_hidden_states, result.grad_lm_head_weight, result.grad_lm_head_bias]
         scales = [result.gradient_scale, result.head_gradient_scale, result.head_gradient_scale]
         for gradient, scale in zip(gradients, scales, strict=True):
             if gradient is not None:
                 multiply_(gradient, grad_loss * scale, ctx.options.backend)
         grad_weights = (grad_loss * ctx.grad_weights).to(ctx.weights_dtype) if ctx.needs_input_grad[3] else None
-        return *gradients, grad_weights, None, None, None
+        return *gradients, grad_weights, None, None
 
 
 def linear_loss(
@@ -312,23 +309,10 @@ def linear_loss(
     options: SweepOptions,
 ) -> LinearLosses:
     """The sweep as one differentiable operation, fp32 (fp64 for fp64) losses."""
-    compute_dtype = product_dtype(hidden_states)
-    hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
+    inputs = hidden_states.reshape(-1, hidden_states.shape[-1]), lm_head_weight, lm_head_bias, rationale_weights
     if torch.compiler.is_compiling():
         from mind_kernels.operators import compiled_linear_loss
 
-        return compiled_linear_loss(
-            hidden_states, lm_head_weight, lm_head_bias, rationale_weights, options, compute_dtype
-        )
+        return compiled_linear_loss(*inputs, options)
     # In Function.forward grad mode is off, so whether a graph is wanted is asked here.
-    return LinearLosses(
-        *_LinearLoss.apply(
-            hidden_states,
-            lm_head_weight,
-            lm_head_bias,
-            rationale_weights,
-            options,
-            compute_dtype,
-            torch.is_grad_enabled(),
-        )
-    )
+    return LinearLosses(*_LinearLoss.apply(*inputs, options, torch.is_grad_enabled()))

@@ -105,9 +105,7 @@ def _linear_loss(
     settings: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    described = json.loads(settings)
-    options = _unpack(SweepOptions, option_tensors, described["options"])
-    compute_dtype = getattr(torch, described["compute_dtype"])
+    options = _unpack(SweepOptions, option_tensors, json.loads(settings))
     # Values, which a compiler does not have.
     if options.labels is not None:
         labels = options.labels
@@ -116,7 +114,7 @@ def _linear_loss(
     if options.answer_index is not None:
         check_answer_index(options.answer_index, rationale_weights, len(hidden_states))
     inputs = hidden_states, lm_head_weight, lm_head_bias, rationale_weights
-    losses, result, grad_weights = linear_loss_and_gradients(*inputs, options, compute_dtype, list(needs))
+    losses, result, grad_weights = linear_loss_and_gradients(*inputs, options, list(needs))
     return (  # type: ignore[return-value]
         *(tensor.clone() for tensor in losses),  # an operator's results share no memory
         _scale_like(losses.loss, result.gradient_scale),
@@ -138,8 +136,8 @@ def _(
     settings: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    described = json.loads(settings)
-    stats = statistics_dtype(getattr(torch, described["compute_dtype"]))
+    options = _unpack(SweepOptions, option_tensors, json.loads(settings))
+    stats = statistics_dtype(options.compute_dtype)
     shape = rationale_weights.shape
 
     def new(*size: int) -> Tensor:
@@ -182,17 +180,15 @@ def compiled_linear_loss(
     lm_head_bias: Tensor | None,
     rationale_weights: Tensor,
     options: SweepOptions,
-    compute_dtype: torch.dtype,
 ) -> LinearLosses:
     """linear_loss as one operator."""
     inputs = hidden_states, lm_head_weight, lm_head_bias, rationale_weights
     needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
     if not isinstance(options.num_questions, Tensor):  # it may be symbolic
-        number = rationale_weights.new_full((), options.num_questions, dtype=statistics_dtype(compute_dtype))
+        number = rationale_weights.new_full((), options.num_questions, dtype=statistics_dtype(options.compute_dtype))
         options = replace(options, num_questions=number)
     tensors, plain = _pack(options)
-    settings = _as_json({"options": plain, "compute_dtype": str(compute_dtype).removeprefix("torch.")})
-    loss, cross_entropy, kl, consistency, *_ = _linear_loss(*inputs, tensors, settings, needs)
+    loss, cross_entropy, kl, consistency, *_ = _linear_loss(*inputs, tensors, _as_json(plain), needs)
     return LinearLosses(loss, cross_entropy.detach(), kl.detach(), consistency.detach())
 
 

@@ -24,6 +24,7 @@ class SweepOptions:
     """
 
     kl: KLOptions  # read with a teacher; no default, whose construction torch.compile could not trace
+    compute_dtype: torch.dtype  # of the products
     cross_entropy_weight: float = 0.0
     kl_weight: float = 0.0
     consistency_weight: float = 0.0
@@ -108,7 +109,6 @@ def make_plan(
     N: int,
     weights: Tensor,  # (R,) statistics dtype
     options: SweepOptions,
-    compute_dtype: torch.dtype,
     need_gradient: bool,
     need_grad_rationale_weights: bool,
 ) -> Plan:
@@ -149,7 +149,7 @@ def make_plan(
         cross_entropy = options.cross_entropy_weight * row_weight
         kl = options.kl_weight * row_weight if options.teacher is not None else None
 
-    gradient_scale = fp16_scale([c for c in (cross_entropy, kl, pair_weights) if c is not None], compute_dtype)
+    gradient_scale = fp16_scale([c for c in (cross_entropy, kl, pair_weights) if c is not None], options.compute_dtype)
     if not isinstance(gradient_scale, float):
         cross_entropy = cross_entropy / gradient_scale
         kl = None if kl is None else kl / gradient_scale

@@ -18,6 +18,7 @@ from mind_kernels.arguments import (
     check_supervised_index,
     check_teacher,
     choose_backend,
+    product_dtype,
     require,
     resolve_num_questions,
     resolve_rationales,
@@ -133,6 +134,7 @@ def mind_loss(
     questions = resolve_num_questions(num_questions, rationale_weights.shape[0])
     num_compared = rationale_weights.shape[1] if answer_index is not None and consistency_weight > 0 else 1
     options = SweepOptions(
+        compute_dtype=product_dtype(hidden_states),
         cross_entropy_weight=1.0,
         kl_weight=kl_weight,
         consistency_weight=consistency_weight,

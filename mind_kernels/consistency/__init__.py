@@ -11,6 +11,7 @@ from mind_kernels.arguments import (
     check_logits_dtype,
     check_question_weights,
     choose_backend,
+    product_dtype,
     resolve_num_questions,
 )
 from mind_kernels.linear_sweep import linear_loss
@@ -63,6 +64,7 @@ def answer_consistency(
     check_logits_dtype(logits_dtype, hidden_states)
     check_answer_index(answer_index, rationale_weights, hidden_states.shape[:-1].numel())
     options = SweepOptions(
+        compute_dtype=product_dtype(hidden_states),
         kl=KLOptions(),
         consistency_weight=1.0,
         num_questions=resolve_num_questions(num_questions, rationale_weights.shape[0]),

@@ -13,6 +13,7 @@ from mind_kernels.arguments import (
     check_logits_dtype,
     check_supervised_index,
     choose_backend,
+    product_dtype,
     resolve_rationales,
 )
 from mind_kernels.linear_sweep import linear_loss
@@ -88,6 +89,7 @@ def fused_linear_cross_entropy(
     check_supervised_index(supervised_index, shift_labels, ignore_index)
     rationale_id, weights = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, hidden_states)
     options = SweepOptions(
+        compute_dtype=product_dtype(hidden_states),
         kl=KLOptions(),
         cross_entropy_weight=1.0,
         labels=shift_labels.reshape(-1),

@@ -15,6 +15,7 @@ from mind_kernels.arguments import (
     check_supervised_index,
     check_teacher,
     choose_backend,
+    product_dtype,
     resolve_rationales,
 )
 from mind_kernels.linear_sweep import linear_loss
@@ -83,6 +84,7 @@ def fused_linear_kl(
     check_supervised_index(supervised_index, shift_labels, ignore_index)
     rationale_id, weights = resolve_rationales(rows_shape, cu_seqlens, rationale_weights, hidden_states)
     options = SweepOptions(
+        compute_dtype=product_dtype(hidden_states),
         kl_weight=1.0,
         labels=shift_labels.reshape(-1),
         ignore_index=ignore_index,

@@ -552,14 +552,15 @@ def test_fp16_gradient_of_the_head_has_room_for_many_rows_of_one_label(case: str
 def test_forward_alone_makes_no_gradient_on_a_device_either() -> None:
     """Its rows are known by supervised_index, and the weights are not looked at."""
     options = SweepOptions(
-        KLOptions(),
+        kl=KLOptions(),
+        compute_dtype=torch.float32,
         cross_entropy_weight=1.0,
         labels=torch.zeros(6, dtype=torch.int64, device="meta"),
         rationale_id=torch.zeros(6, dtype=torch.int64, device="meta"),
         supervised_index=torch.tensor([1, 2, 4, 5]),
     )
     for need_gradient in (True, False):
-        plan = make_plan(6, torch.ones(2, device="meta"), options, torch.float32, need_gradient, False)
+        plan = make_plan(6, torch.ones(2, device="meta"), options, need_gradient, False)
         assert plan.rows.num_with_gradient == (4 if need_gradient else 0) and len(plan.rows.order) == 4
 
 
