@@ -5,17 +5,14 @@ Errors name the argument, what was given and what is wanted.
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib.util
 import logging
 import math
 import numbers
 import os
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import is_dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,52 +52,6 @@ def product_dtype(hidden_states: Tensor) -> torch.dtype:
     if is_autocast_on(hidden_states.device) and hidden_states.dtype != torch.float64:
         return torch.get_autocast_dtype(hidden_states.device.type)
     return hidden_states.dtype
-
-
-def refuse_second_derivative() -> None:
-    """Called by a backward, whose gradients were made in forward: differentiated again they would pass for constants.
-
-    Raises: RuntimeError under create_graph=True, the one case in which gradients are recorded within a backward.
-    """
-    if torch.is_grad_enabled():
-        raise RuntimeError("backward: given create_graph=True, wanted False: there is no second derivative")
-
-
-class _Saved(NamedTuple):
-    place: int
-
-
-def without_tensors(options: Any) -> tuple[Any, list[Tensor]]:
-    """A copy of a dataclass without its tensors, for a graph to save them: it frees them and knows of changes in place.
-
-    Those made in inference mode stay: no graph saves them.
-    """
-    tensors: list[Tensor] = []
-
-    def bare(value: Any) -> Any:
-        if isinstance(value, Tensor) and not value.is_inference():
-            tensors.append(value)
-            return _Saved(len(tensors) - 1)
-        return _map_fields(value, bare) if is_dataclass(value) else value
-
-    return _map_fields(options, bare), tensors
-
-
-def with_tensors(options: Any, tensors: Sequence[Tensor]) -> Any:
-    """without_tensors, undone."""
-
-    def whole(value: Any) -> Any:
-        if isinstance(value, _Saved):
-            return tensors[value.place]
-        return _map_fields(value, whole) if is_dataclass(value) else value
-
-    return _map_fields(options, whole)
-
-
-def _map_fields(options: Any, function: Callable[[Any], Any]) -> Any:
-    mapped = copy.copy(options)
-    vars(mapped).update({name: function(value) for name, value in vars(options).items()})
-    return mapped
 
 
 def require(condition: bool, message: str) -> None:
@@ -271,47 +222,6 @@ def check_labels(shift_labels: Tensor, rows_shape: torch.Size, V: int, ignore_in
                 f"shift_labels: given {int(shift_labels.flatten()[row])} at flat row {row}, "
                 f"wanted 0 <= label < {V} or ignore_index {ignore_index}"
             )
-
-
-def check_teacher(teacher: object, rows_shape: torch.Size, V: int, device: torch.device, temperature: float) -> None:
-    from mind_kernels.teachers import TeacherHidden, TeacherLogits, TeacherTopK
-
-    if not isinstance(teacher, (TeacherHidden, TeacherLogits, TeacherTopK)):
-        raise TypeError(f"teacher: given {type(teacher).__name__}, wanted TeacherHidden, TeacherLogits or TeacherTopK")
-    require(
-        teacher.rows_shape == rows_shape,
-        f"teacher: given rows of shape {tuple(teacher.rows_shape)}, wanted {tuple(rows_shape)} as the student's",
-    )
-    check_device("teacher", teacher.tensor, device)
-    if isinstance(teacher, TeacherTopK):
-        require(
-            teacher.tail == "renormalize" or temperature == 1,
-            f"temperature: given {temperature} with tail='bucket', wanted 1 (log-probabilities at temperature 1 "
-            "say nothing of the tail at another) or tail='renormalize'",
-        )
-        if can_look(teacher.logprobs):
-            padded = torch.isneginf(teacher.logprobs)
-            wrong = ~padded & ((teacher.token_ids < 0) | (teacher.token_ids >= V))
-            if bool(wrong.any()):
-                raise ValueError(
-                    f"teacher.token_ids: given {int(teacher.token_ids[wrong][0])}, wanted 0 <= id < V = {V}"
-                )
-        return
-    V_t = teacher.lm_head_weight.shape[0] if isinstance(teacher, TeacherHidden) else teacher.logits.shape[-1]
-    if teacher.vocab_size is None:
-        require(
-            V_t == V,
-            f"teacher: given a vocabulary of {V_t}, wanted the student's {V} "
-            "(for a padded vocabulary say vocab_size, the number of tokens both share)",
-        )
-    else:
-        if not isinstance(teacher.vocab_size, int):
-            raise TypeError(f"teacher.vocab_size: given {type(teacher.vocab_size).__name__}, wanted None or an int")
-        require(
-            1 <= teacher.vocab_size <= min(V, V_t),
-            f"teacher.vocab_size: given {teacher.vocab_size}, wanted 1 to {min(V, V_t)}, "
-            f"the smaller of the student's V = {V} and the teacher's {V_t}",
-        )
 
 
 def resolve_rationales(

@@ -26,13 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mind_kernels.arguments import (
-    current_device,
-    refuse_second_derivative,
-    with_tensors,
-    without_autocast,
-    without_tensors,
-)
+from mind_kernels.arguments import current_device, without_autocast
+from mind_kernels.autograd import refuse_second_derivative, with_tensors, without_tensors
 from mind_kernels.chunking import Chunk, plan_chunks, row_buffer, teacher_parts
 from mind_kernels.plan import RowLosses, SweepOptions, make_plan
 from mind_kernels.products import TILE, adds_wide_products, has_wide_products, product, project

@@ -17,12 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mind_kernels.arguments import (
-    check_answer_index,
-    check_labels,
-    check_supervised_index,
-    refuse_second_derivative,
-)
+from mind_kernels.arguments import check_answer_index, check_labels, check_supervised_index
+from mind_kernels.autograd import refuse_second_derivative
 from mind_kernels.kl.call import KLCall
 from mind_kernels.kl.function import kl_loss_and_gradients
 from mind_kernels.linear_sweep import LinearLosses, linear_loss_and_gradients

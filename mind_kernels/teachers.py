@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mind_kernels.arguments import check_device, check_floating, check_integer, check_scale_and_softcap, require
+from mind_kernels.arguments import (
+    can_look,
+    check_device,
+    check_floating,
+    check_integer,
+    check_scale_and_softcap,
+    require,
+)
 
 
 @dataclass(frozen=True)
@@ -135,3 +142,43 @@ class TeacherTopK:
 
 
 Teacher = TeacherHidden | TeacherLogits | TeacherTopK
+
+
+def check_teacher(teacher: object, rows_shape: torch.Size, V: int, device: torch.device, temperature: float) -> None:
+    """Whether a teacher fits the student's rows, vocabulary and device, and the temperature of the divergence."""
+    if not isinstance(teacher, (TeacherHidden, TeacherLogits, TeacherTopK)):
+        raise TypeError(f"teacher: given {type(teacher).__name__}, wanted TeacherHidden, TeacherLogits or TeacherTopK")
+    require(
+        teacher.rows_shape == rows_shape,
+        f"teacher: given rows of shape {tuple(teacher.rows_shape)}, wanted {tuple(rows_shape)} as the student's",
+    )
+    check_device("teacher", teacher.tensor, device)
+    if isinstance(teacher, TeacherTopK):
+        require(
+            teacher.tail == "renormalize" or temperature == 1,
+            f"temperature: given {temperature} with tail='bucket', wanted 1 (log-probabilities at temperature 1 "
+            "say nothing of the tail at another) or tail='renormalize'",
+        )
+        if can_look(teacher.logprobs):
+            padded = torch.isneginf(teacher.logprobs)
+            wrong = ~padded & ((teacher.token_ids < 0) | (teacher.token_ids >= V))
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"teacher.token_ids: given {int(teacher.token_ids[wrong][0])}, wanted 0 <= id < V = {V}"
+                )
+        return
+    V_t = teacher.lm_head_weight.shape[0] if isinstance(teacher, TeacherHidden) else teacher.logits.shape[-1]
+    if teacher.vocab_size is None:
+        require(
+            V_t == V,
+            f"teacher: given a vocabulary of {V_t}, wanted the student's {V} "
+            "(for a padded vocabulary say vocab_size, the number of tokens both share)",
+        )
+    else:
+        if not isinstance(teacher.vocab_size, int):
+            raise TypeError(f"teacher.vocab_size: given {type(teacher.vocab_size).__name__}, wanted None or an int")
+        require(
+            1 <= teacher.vocab_size <= min(V, V_t),
+            f"teacher.vocab_size: given {teacher.vocab_size}, wanted 1 to {min(V, V_t)}, "
+            f"the smaller of the student's V = {V} and the teacher's {V_t}",
+        )

@@ -16,7 +16,6 @@ from mind_kernels.arguments import (
     check_number,
     check_question_weights,
     check_supervised_index,
-    check_teacher,
     choose_backend,
     product_dtype,
     require,
@@ -28,7 +27,7 @@ from mind_kernels.plan import SweepOptions
 from mind_kernels.pruning import GradientPruning, resolve_pruning
 from mind_kernels.reduction import weighted_sum
 from mind_kernels.teacher_rows import KLOptions
-from mind_kernels.teachers import Teacher
+from mind_kernels.teachers import Teacher, check_teacher
 
 __all__ = ["MindLoss", "MindLossOutput", "mind_loss"]
 

@@ -13,7 +13,6 @@ from mind_kernels.arguments import (
     check_floating,
     check_labels,
     check_supervised_index,
-    check_teacher,
     choose_backend,
     require,
     resolve_rationales,
@@ -21,7 +20,7 @@ from mind_kernels.arguments import (
 from mind_kernels.kl.call import KLCall
 from mind_kernels.kl.function import weighted_kl
 from mind_kernels.teacher_rows import KLOptions
-from mind_kernels.teachers import Teacher
+from mind_kernels.teachers import Teacher, check_teacher
 
 __all__ = ["TAWeightedKL", "ta_weighted_kl"]
 

@@ -7,12 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mind_kernels.arguments import (
-    current_device,
-    refuse_second_derivative,
-    with_tensors,
-    without_tensors,
-)
+from mind_kernels.arguments import current_device
+from mind_kernels.autograd import refuse_second_derivative, with_tensors, without_tensors
 from mind_kernels.kl.call import KLCall
 from mind_kernels.kl.torch_path import torch_divergences
 from mind_kernels.reduction import multiply_, weighted_sum

@@ -13,7 +13,6 @@ from mind_kernels.arguments import (
     check_labels,
     check_logits_dtype,
     check_supervised_index,
-    check_teacher,
     choose_backend,
     product_dtype,
     resolve_rationales,
@@ -22,7 +21,7 @@ from mind_kernels.linear_sweep import linear_loss
 from mind_kernels.plan import SweepOptions
 from mind_kernels.pruning import GradientPruning, resolve_pruning
 from mind_kernels.teacher_rows import KLOptions
-from mind_kernels.teachers import Teacher
+from mind_kernels.teachers import Teacher, check_teacher
 
 __all__ = ["FusedLinearKL", "fused_linear_kl"]
 

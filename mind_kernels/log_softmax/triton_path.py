@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mind_kernels.arguments import current_device, refuse_second_derivative
+from mind_kernels.arguments import current_device
+from mind_kernels.autograd import refuse_second_derivative
 from mind_kernels.triton_math import (
     LN2,
     LOG2E,
