@@ -25,7 +25,7 @@ def block_rows(V: int, device: torch.device, max_logits_bytes: int | None, has_c
     Half as many where logits and probabilities are kept side by side (has_copies). Their fp32 logits take at most a
     64th of the budget; on a device, where each pass is a launch, just that.
     """
-    budget = DEFAULT_MAX_LOGITS_BYTES if max_logits_bytes is None else max_logits_bytes
+    budget = max_logits_bytes or DEFAULT_MAX_LOGITS_BYTES
     rows = budget // (64 * 4 * V)
     if device.type == "cpu":
         elements = BLOCK_ELEMENTS // 2 if has_copies else BLOCK_ELEMENTS
@@ -119,7 +119,7 @@ def plan_chunks(
 
     teacher_bytes_per_row: of logits that are projected for one part of a chunk at a time, see `teacher_parts`.
     """
-    budget = DEFAULT_MAX_LOGITS_BYTES if max_logits_bytes is None else max_logits_bytes
+    budget = max_logits_bytes or DEFAULT_MAX_LOGITS_BYTES
     group = _largest_group(rows)
     most = budget // (bytes_per_row + teacher_bytes_per_row)
     if len(rows.order) and most < group:

@@ -186,7 +186,7 @@ class TeacherRows:
             loss, grad = topk_divergence(z, ids, log_probs, teacher.tail, options, need_gradient, scratch)
             return loss.mul_(options.loss_scale), grad
 
-        V = z.shape[-1] if teacher.vocab_size is None else teacher.vocab_size
+        V = teacher.vocab_size or z.shape[-1]
         is_part = z.shape[-1] != V
         z = z[:, :V]
         z_teacher = scratch("teacher logits", z.shape)

@@ -156,7 +156,7 @@ class TritonRows:
             loss if has_cross_entropy else None,
             kl_loss,
             options.kl,
-            V_shared=V if teacher.vocab_size is None else teacher.vocab_size,
+            V_shared=teacher.vocab_size or V,
             logit_scale=options.logit_scale,
             logit_softcap=options.logit_softcap,
             teacher_scale=scale,

@@ -33,7 +33,7 @@ class KLCall:
 
 def teacher_chunk_rows(head: Tensor, num_rows: int, max_logits_bytes: int | None) -> int:
     """Rows of teacher logits that are projected at a time."""
-    budget = DEFAULT_MAX_LOGITS_BYTES if max_logits_bytes is None else max_logits_bytes
+    budget = max_logits_bytes or DEFAULT_MAX_LOGITS_BYTES
     row_bytes = head.shape[0] * head.dtype.itemsize
     if budget < row_bytes:
         raise ValueError(f"max_logits_bytes: given {budget}, wanted at least {row_bytes} for one row of teacher logits")

@@ -42,7 +42,7 @@ def reference_distributions(z: Tensor, teacher: Teacher, temperature: float) -> 
         logits = reference_logits(teacher.hidden_states, teacher.lm_head_weight, *head)
     else:
         logits = teacher.logits
-    V = z.shape[-1] if teacher.vocab_size is None else teacher.vocab_size
+    V = teacher.vocab_size or z.shape[-1]
     return torch.softmax(logits[..., :V].to(z.dtype) / temperature, -1), torch.softmax(z[..., :V] / temperature, -1)
 
 

@@ -79,7 +79,7 @@ def triton_divergences(
             None,
             row_losses[block],
             options.kl,
-            V_shared=V if teacher.vocab_size is None else teacher.vocab_size,
+            V_shared=teacher.vocab_size or V,
             teacher_scale=scale,
             teacher_softcap=softcap,
             needs_gradient=need_gradient,
