@@ -19,9 +19,9 @@ from torch import Tensor
 
 from mind_kernels.reduction import statistics_dtype
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot in PyTorch 2.11
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up here: torch.compile cannot in PyTorch 2.11
 BACKENDS = ("auto", "torch", "triton")
-MAX_PERSPECTIVES = 8  # that the Triton kernel of the pairs compares: 16 rows and their sums spill
+MAX_PERSPECTIVES = 8  # the most that the Triton kernel of pairs holds: 16 rows and their sums spill
 DIVERGENCES = ("forward", "reverse", "jsd")
 REDUCTIONS = ("mean", "sum")
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -42,7 +42,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def current_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes it PyTorch's current device, on which Triton launches wherever the tensors are; a compiler sees to it."""
+    """Makes `device` the current one, where Triton launches wherever its tensors are. Compiled code does so itself."""
     is_ours = device.type == "cuda" and not torch.compiler.is_compiling()
     return torch.cuda.device(device) if is_ours else nullcontext()
 
@@ -78,7 +78,7 @@ def check_device(name: str, tensor: Tensor, device: torch.device, like: str = "t
 
 
 def check_number(name: str, value: object) -> None:
-    """A plain number. A tensor is none: what is a setting here would be without its gradient."""
+    """A plain number. A tensor is refused: as a setting it would silently lose its gradient."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: given {type(value).__name__}, wanted a number")
 
@@ -169,8 +169,8 @@ def check_head(
 def choose_backend(backend: str, tensor: Tensor, num_perspectives: int = 1) -> str:
     """ "torch" or "triton"; each choice of "auto" is logged once.
 
-    "auto" is triton on a GPU where the package is there, unless the tensor is fp64 or more rationales are compared with
-    each other than a program holds.
+    "auto" is "triton" on a GPU where the package is installed, unless the tensor is fp64 or more than MAX_PERSPECTIVES
+    rationales are compared with each other.
     """
     chosen = _choose_backend(backend, tensor, num_perspectives)
     if backend == "auto" and not torch.compiler.is_compiling():

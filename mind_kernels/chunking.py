@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Large enough that the products stay products (1,024 rows at V = 262,144 in bf16), small beside the gradients.
+# Large enough for efficient products (1,024 rows at V = 262,144 in bf16), small beside the gradients.
 DEFAULT_MAX_LOGITS_BYTES = 512 * 2**20
-# A TeacherHidden's logits are not part of a product again: they are held for a part of a chunk at a time.
-PARTS = 4  # of a chunk,
-PART_ROWS = 256  # of no fewer rows, so that their product stays one
+# The logits of a TeacherHidden enter no further product, so they are made for one part of a chunk at a time.
+PARTS = 4  # in a chunk
+PART_ROWS = 256  # in a part at least, so that the product that makes its logits stays efficient
 # Elementwise work goes over the logits in blocks. On a CPU a thread's share of one, with all its fp32 copies, stays in
 # cache from pass to pass; smaller ones would be more calls than arithmetic.
 BLOCK_ELEMENTS = 2**19
@@ -61,7 +61,7 @@ class Scratch:
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A copy that nothing waits for: from pinned memory, in the order of the device's own work."""
+    """A copy for which the host does not wait: from pinned memory, in the order of the device's own work."""
     if device.type == "cuda":
         return host.pin_memory().to(device, non_blocking=True)
     return host.to(device)

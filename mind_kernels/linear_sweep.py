@@ -12,7 +12,7 @@ Since the loss is linear in the coefficients and they are known beforehand, grad
 hand: each row's logits are computed once. Three products of 2·S·H·V FLOP each (two when the head is frozen), plus one
 for a TeacherHidden; peak extra memory: the gradients + max_logits_bytes (+ 4·V·H bytes of fp32 sum when a 16-bit
 weight gradient is pruned, takes more than MOST_ROUNDINGS chunks, or more than one with logits_dtype=float32).
-With gradient_tolerance, dX and dW are of the columns of G that matter: see pruning.py.
+With gradient_tolerance, dX and dW are made of the columns of G that matter: see pruning.py.
 
 The host waits for the device only to learn how many rows there are, and not at all when it is told (supervised_index,
 and answer_index on the host). With gradient_tolerance and backend "torch" it also waits once a chunk.
@@ -38,7 +38,7 @@ from mind_kernels.teachers import TeacherHidden
 from mind_kernels.torch_rows import TorchRows
 
 # A 16-bit weight gradient is summed in 16 bits over at most so many chunks. Rounding the sum n times adds about √n
-# roundings to its error, which that of the logits hides: README.md has the errors on SmolLM2's hidden states.
+# roundings to its error, which is little beside the rounding of the logits: README.md has both for real students.
 MOST_ROUNDINGS = 40
 
 
@@ -82,7 +82,7 @@ class _WeightGradient:
                 total.copy_(partial) if beta == 0.0 else total.add_(partial)
 
     def add_columns(self, columns: ChunkColumns, X: Tensor) -> None:
-        """The same for a pruned G: kept rows by index, and what stands for the others."""
+        """The same for a pruned G: adds the kept rows, and leaves the rank-1 correction of the others to finish."""
         dtype = statistics_dtype(self.compute_dtype)
         if self.total is None:
             self.total = torch.zeros(self.shape, dtype=dtype, device=self.device)
@@ -199,7 +199,7 @@ def sweep(
                 else:
                     weight_gradient.add(G, X)
 
-    run_chunks()  # and its buffers are gone before the weight gradient's downcast
+    run_chunks()  # a function, so that its buffers are freed before the weight gradient is downcast
 
     cross_entropy, kl = torch.zeros_like(weights), torch.zeros_like(weights)
     if plan.reduce is not None:
@@ -282,7 +282,7 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         result, ctx.result = ctx.result, None
-        if result is None:  # only now is looked at what was saved: a checkpoint would make it anew
+        if result is None:  # saved tensors are read only here: a checkpoint would compute them again
             X, W, b, weights, *option_tensors = ctx.saved_tensors
             options = with_tensors(ctx.options, option_tensors)
             with without_autocast(grad_loss.device), current_device(grad_loss.device):

@@ -54,8 +54,9 @@ class AnswerGroups(NamedTuple):
 def _answer_groups(answer_index: Tensor, weights: Tensor, all_pairs: bool) -> AnswerGroups:
     """Answer positions with at least two rationales to compare.
 
-    A rationale of weight 0 enters no pair unless all_pairs, when the gradient of rationale_weights asks for its JSD, or
-    unless only the device knows the weights while the host knows the rows: then its pairs are made and weigh 0.
+    A rationale of weight 0 enters no pair, with two exceptions: all_pairs, since the gradient of rationale_weights
+    needs its JSD; and weights on a device beside an answer_index on the host, since to read them would wait. Its pairs
+    are then made with weight 0.
     """
     all_pairs = all_pairs or answer_index.device != weights.device
     answer_index = answer_index.cpu()

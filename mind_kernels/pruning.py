@@ -1,7 +1,7 @@
 """A backward pass over the columns of the vocabulary that matter, with a certificate.
 
-Of a chunk's logit gradient G (m, V), most columns are next to nothing once the student is trained: softmax puts its
-mass on few tokens, and the rows of a question share them. With kept columns K and the dropped part D of G,
+Once the student is trained, most columns of a chunk's logit gradient G (m, V) are nearly 0: softmax puts its mass on
+few tokens, and the rows of a question share them. With kept columns K and the dropped part D of G,
 
     dX = G_K W_K + λ r (Wᵀq)ᵀ        dW_K += G_Kᵀ X,  dW += λ q (Xᵀr)ᵀ        r = D 1,  q = Dᵀ 1
 
@@ -11,10 +11,11 @@ of the targets are always kept. λ = rᵀDq / (‖r‖²‖q‖²) makes λ r q�
 were. It costs 4·m·V FLOP and puts a gradient in every row of dW, without which an adaptive optimiser would not move the
 rare tokens at all.
 
-Where the kept share exceeds what breaks even, or numbers are too small or too large to be sure of, it is dense.
+A chunk stays dense where more columns would be kept than pays off, or where its numbers are too small or too large to
+compute the certificate.
 
-The choice is made on the device and waits for nothing. This file goes on in PyTorch, whose products need to know on the
-host how many columns are kept: on a GPU that waits once a chunk. triton_columns.py goes on without.
+The choice is made on the device without a wait. The products of this file are PyTorch's, which need the number of kept
+columns on the host: on a GPU that is one wait a chunk. Those of triton_columns.py read it on the device.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from mind_kernels.products import TILE, product, project
 
 BREAK_EVEN = 0.5  # kept share from which gathering costs more than it saves,
 BREAK_EVEN_16_BITS = 0.25  # on a CPU whose 16-bit products are quick
-SAFETY = 1 - 2**-10  # the column sums are fp32: far more than their rounding
+SAFETY = 1 - 2**-10  # allows for far more than the rounding of the fp32 column sums
 UNITS = 2**60  # of which ‖G‖² is made
-SAMPLE_ROWS = 64  # of a chunk that are asked whether it may be dense
+SAMPLE_ROWS = 64  # of a chunk, from which a CPU tells whether to leave it dense
 SMALLEST = 1e-25  # below this share of ‖G‖², squares that underflow could add up to something
 TILE_ELEMENTS, TILE_ROWS = 2**19, 64  # of fp32 copies that stay in a core's cache
 
@@ -191,9 +192,9 @@ def choose_columns(
 ) -> Columns | None:
     """The fewest columns that meet the certificate; None where the chunk is better dense.
 
-    Waits for the device to learn how many they are. On a CPU, which need not wait, some of many rows are asked first:
-    where these alone need more than break_even of the columns, all will, and a student that is sure of nothing pays for
-    no more than the question.
+    Waits for the device, to learn how many they are. On a CPU a sample of a large chunk's rows is tried first: where
+    these alone need more than break_even of the columns, the chunk is left dense at once, and an unsure student pays
+    for no more than the sample.
     """
     m = len(G)
     break_even = BREAK_EVEN_16_BITS if G.device.type == "cpu" and G.dtype.itemsize == 2 else BREAK_EVEN

@@ -19,9 +19,9 @@ def weighted_sum(weights: Tensor, losses: Tensor) -> Tensor:  # (R,), (R,) -> ()
 
 
 def fp16_scale(coefficients: Sequence[Tensor], dtype: torch.dtype) -> float | Tensor:
-    """What the coefficients of a gradient of this dtype are divided by, and `backward` multiplies in: 1 but for fp16.
+    """By what coefficients are divided before a gradient of this dtype is made; `backward` multiplies by it.
 
-    That has no room for coefficients of 1/N: they are divided by the largest.
+    1, but for fp16 the largest coefficient: those of 1/N would underflow.
     """
     coefficients = [c for c in coefficients if c.numel()]
     if dtype != torch.float16 or not coefficients:
@@ -36,9 +36,9 @@ def fp16_head_scale(
     largest: float,  # entry of G, of coefficients that fp16_scale has divided
     dtype: torch.dtype,
 ) -> float | Tensor:
-    """A power of two by which X is divided in dW = Gᵀ X, and `backward` multiplies: 1 but for fp16.
+    """A power of two by which X is divided in dW = Gᵀ X, and by which `backward` multiplies; 1 but for fp16.
 
-    That has no room for the sum over thousands of rows of one label: |dW| ≤ n·max|G|·max|X| is kept below 2¹⁵.
+    There a sum over thousands of rows of one label could overflow: its bound n·max|G|·max|X| is kept below 2¹⁵.
     """
     if dtype != torch.float16 or not len(rows):
         return 1.0
@@ -49,10 +49,10 @@ def fp16_head_scale(
 
 
 def multiply_(gradient: Tensor, factor: Tensor, backend: str) -> None:
-    """gradient *= factor (), what `backward` is given: 1 as a rule, and then nothing is read or written.
+    """gradient *= factor (). The factor is what `backward` is given, as a rule 1: then nothing is read or written.
 
-    On a CPU looking at the factor is free. On a GPU the host would wait, so with "triton" a kernel looks, and PyTorch
-    multiplies in any case, as it does what is not contiguous.
+    On a CPU the host looks at the factor. On a GPU it would have to wait, so with "triton" a kernel looks. Without, and
+    where the gradient is not contiguous, PyTorch multiplies by whatever the factor is.
     """
     if factor.device.type == "cpu" and float(factor) == 1.0:
         return
@@ -65,10 +65,10 @@ def multiply_(gradient: Tensor, factor: Tensor, backend: str) -> None:
 
 
 def sums_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:  # (n,), (n,) int64 -> (size,)
-    """Σ of the values of each index, in the order in which they stand: the same from run to run.
+    """The sum of the values of each index, added in the order in which they stand: the same from run to run.
 
-    On a GPU index_add_ adds in whatever order atomic additions come, where an accumulating index_put_ sorts first; on a
-    CPU it is the other way round.
+    On a GPU index_add_ adds atomically, in any order, and an accumulating index_put_ sorts first. On a CPU index_add_
+    keeps the order and index_put_ does not.
     """
     sums = values.new_zeros(size)
     if values.device.type == "cpu":

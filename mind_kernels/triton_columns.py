@@ -10,9 +10,9 @@ at once. Two readings of G beside the products, one for the choice and one that 
     grad_weight     dW_K += G_Kᵀ X
 
 Where the chunk is dense, k = V: nothing is compacted, there is no correction, and the same products take all columns
-straight from G and look up each row of W. That is what not waiting costs where a student is sure of nothing: a reading
-of G for the choice, and two products of 2·m·V·H by these kernels instead of the vendor's library, which are slower; by
-how much is not measured yet (`python -m bench.gpu` does). A tolerance is for a student that is sure.
+straight from G and look up each row of W. So a student that is sure of nothing pays for not waiting: one reading of G
+for the choice, and two products of 2·m·V·H by these kernels, which are slower than the vendor's library; by how much is
+not measured yet (`python -m bench.gpu` does). Give a tolerance to a student that is sure.
 
 Sums over programs are made by a second reduction in a fixed order and no two programs write to the same place: results
 are the same from run to run.

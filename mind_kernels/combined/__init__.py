@@ -91,9 +91,9 @@ def mind_loss(
     teacher: TeacherHidden, TeacherLogits or TeacherTopK with rows as the student's; needed when kl_weight > 0.
     lm_head_bias: finite; only cross-entropy takes −inf for a token as probability 0, others may be inf or NaN.
     logit_scale, logit_softcap: logits = softcap(logit_scale · (h Wᵀ + b)), softcap(z) = c·tanh(z/c).
-    logits_dtype: of the logits as they are stored, None for the dtype of the products. torch.float32 beside 16-bit
-        products leaves their rounding out of the loss and the gradients: 6 bytes a logit instead of 2 within
-        max_logits_bytes, and where 16-bit products have no fp32 result (a CPU) fp32 products.
+    logits_dtype: in which the logits are stored, by default the dtype of the products. torch.float32 with 16-bit
+        products keeps the rounding of the logits out of the loss and the gradients. A logit then takes 6 bytes of
+        max_logits_bytes instead of 2, and where a 16-bit product has no fp32 result (on a CPU) products are in fp32.
     divergence, beta, temperature, temperature_power: see fused_linear_kl.
     num_questions: int or 0-d tensor; B by default, the questions of the whole optimiser step under accumulation.
     gradient_tolerance: as in fused_linear_cross_entropy; of the gradient of all terms together.
@@ -102,14 +102,15 @@ def mind_loss(
 
     Returns MindLossOutput: loss, a differentiable fp32 scalar (fp64 for fp64; in hidden_states, lm_head_weight,
     lm_head_bias and rationale_weights); detached: cross_entropy, consistency and kl (the three sums above over
-    num_questions, before their weights; a term of weight 0 is not computed and told as 0) and rationale_losses (B, K),
+    num_questions, before their weights; a term of weight 0 is not computed and is 0 here) and rationale_losses (B, K),
     CE in nats per token, 0 without supervised tokens.
 
     Peak extra memory: the gradients + max_logits_bytes (+ 4·V·H bytes when a 16-bit weight gradient is summed in fp32:
     over more than 40 chunks of logits, over several with logits_dtype=float32, or when it is pruned). Under autocast
     also a copy of the head in its dtype, 2·V·H bytes.
 
-    Raises: ValueError or TypeError naming the argument, what was given and what is wanted.
+    Raises: ValueError or TypeError naming the argument, what was given and what is wanted. Its backward pass
+    RuntimeError under create_graph=True: there is no second derivative.
     Source: MIND (arXiv 2601.03717), equations as in this docstring.
     """
     check_question_weights(rationale_weights)
@@ -164,10 +165,7 @@ def mind_loss(
 
 
 class MindLoss(nn.Module):
-    """mind_loss with its settings kept: MindLoss(**settings)(hidden_states, lm_head_weight, shift_labels, *, tensors…).
-
-    Settings and tensors have the names and defaults of mind_loss; tensors are given to forward.
-    """
+    """mind_loss as a module: made with the settings, called with the tensors and num_questions, all named as there."""
 
     def __init__(
         self,

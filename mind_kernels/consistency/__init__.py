@@ -56,7 +56,8 @@ def answer_consistency(
     Returns the loss, an fp32 (fp64 for fp64) scalar, differentiable in hidden_states (both sides of each pair),
     lm_head_weight, lm_head_bias and rationale_weights; 0 when no question has two rationales to compare.
 
-    Raises: ValueError or TypeError naming the argument, what was given and what is wanted.
+    Raises: ValueError or TypeError naming the argument, what was given and what is wanted. Its backward pass
+    RuntimeError under create_graph=True: there is no second derivative.
     Source: MIND (arXiv 2601.03717); Lin 1991 for the JSD; gradients in this folder's README.md.
     """
     check_question_weights(rationale_weights)
@@ -79,7 +80,7 @@ def answer_consistency(
 
 
 class AnswerConsistency(nn.Module):
-    """answer_consistency with its settings kept; tensors go to forward, names and defaults are the function's."""
+    """answer_consistency as a module: made with the settings, called with the tensors and num_questions, as there."""
 
     def __init__(
         self,

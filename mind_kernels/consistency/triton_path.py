@@ -47,6 +47,7 @@ def lse_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    """lse = log₂ Σ 2^z of the final logits z, in bits, of each row."""
     i_n = tl.program_id(0).to(tl.int64)
     z_ptr += i_n * stride_zn
     scale, softcap = logit_scale * LOG2E, logit_softcap * LOG2E
@@ -80,6 +81,7 @@ def pairs_kernel(
     NEEDS_GRADIENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    """One tile of V of one answer position: the sums, means and JSDs above. The sums of absent rows are not written."""
     i_p, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_v = i_s * BLOCK_V + tl.arange(0, BLOCK_V)
     weight_ptr += tl.load(question_ptr + i_p) * K * K

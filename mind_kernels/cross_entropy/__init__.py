@@ -59,15 +59,15 @@ def fused_linear_cross_entropy(
     supervised_index: int64/int32 (n,) on the CPU, the flat rows whose label is not ignore_index, in any order. With it
         no step on a GPU waits for the device; rows of weight 0 then cost a backward.
     logit_scale, logit_softcap: see the formula; None for no cap.
-    logits_dtype: of the logits as they are stored, None for the dtype of the products. torch.float32 beside 16-bit
-        products leaves their rounding out of the loss and the gradients: 6 bytes a logit instead of 2 within
-        max_logits_bytes, and where 16-bit products have no fp32 result (a CPU) fp32 products.
+    logits_dtype: in which the logits are stored, by default the dtype of the products. torch.float32 with 16-bit
+        products keeps the rounding of the logits out of the loss and the gradients. A logit then takes 6 bytes of
+        max_logits_bytes instead of 2, and where a 16-bit product has no fp32 result (on a CPU) products are in fp32.
     gradient_tolerance: 0 (the exact dense backward), or how much of each chunk's logit gradient, by its Frobenius norm,
         the backward products may leave out: 2**-9 is a start for a trained student. A GradientPruning says more; see
         pruning.py for the certificate, the correction, and when a chunk stays dense.
     max_logits_bytes: budget for the logits alive at once, 512 MiB by default; smaller is slower.
     backend: "auto" (Triton kernels on a GPU where the package triton is installed, but for fp64; PyTorch elsewhere) |
-        "torch" | "triton", which raises where it cannot be.
+        "torch" | "triton", which raises where it cannot run.
 
     Returns (loss, rationale_losses): a scalar, differentiable in hidden_states, lm_head_weight, lm_head_bias and
     rationale_weights; and the detached CE_r in nats per token, in the shape of the weights, 0 for a rationale without a
@@ -78,7 +78,8 @@ def fused_linear_cross_entropy(
     also a copy of the head in its dtype, 2·V·H bytes.
     Without a gradient: max_logits_bytes.
 
-    Raises: ValueError or TypeError naming the argument, what was given and what is wanted.
+    Raises: ValueError or TypeError naming the argument, what was given and what is wanted. Its backward pass
+    RuntimeError under create_graph=True: there is no second derivative.
     Source: gradients in the forward pass follow from the loss's linearity; derivation in this folder's README.md.
     """
     check_head(hidden_states, lm_head_weight, lm_head_bias, logit_scale, logit_softcap, max_logits_bytes)
@@ -109,7 +110,7 @@ def fused_linear_cross_entropy(
 
 
 class FusedLinearCrossEntropy(nn.Module):
-    """fused_linear_cross_entropy with its settings kept; tensors go to forward, names and defaults are those there."""
+    """fused_linear_cross_entropy as a module: made with the settings, called with the tensors, all named as there."""
 
     def __init__(
         self,

@@ -91,7 +91,7 @@ def ta_weighted_kl(
 
 
 class TAWeightedKL(nn.Module):
-    """ta_weighted_kl with its settings kept; tensors go to forward, names and defaults are the function's."""
+    """ta_weighted_kl as a module: made with the settings, called with the tensors, all named as there."""
 
     def __init__(
         self,

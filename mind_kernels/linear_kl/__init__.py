@@ -68,7 +68,8 @@ def fused_linear_kl(
     Returns (loss, rationale_losses): a scalar, differentiable in hidden_states, lm_head_weight, lm_head_bias and
     rationale_weights; and the detached D_r in nats per token (τ^p included), in the shape of the weights.
 
-    Raises: ValueError or TypeError naming the argument, what was given and what is wanted.
+    Raises: ValueError or TypeError naming the argument, what was given and what is wanted. Its backward pass
+    RuntimeError under create_graph=True: there is no second derivative.
     Source: Hinton et al. 2015 (arXiv 1503.02531) for τ², Agarwal et al. 2024 (arXiv 2306.13649) for JSD_β; gradients in
     this folder's README.md.
     """
@@ -104,7 +105,7 @@ def fused_linear_kl(
 
 
 class FusedLinearKL(nn.Module):
-    """fused_linear_kl with its settings kept; tensors go to forward, names and defaults are the function's."""
+    """fused_linear_kl as a module: made with the settings, called with the tensors, all named as there."""
 
     def __init__(
         self,

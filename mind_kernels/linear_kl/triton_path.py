@@ -286,6 +286,7 @@ def tail_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    """The log-sum-exp of the tail, as its maximum (in nats) and its sum of exponentials, the label left out."""
     i_n = tl.program_id(0).to(tl.int64)
     z_ptr += i_n * stride_zn
     scale, softcap = logit_scale * LOG2E, logit_softcap * LOG2E

@@ -66,7 +66,7 @@ def multi_rationale_log_softmax(
 
 
 class MultiRationaleLogSoftmax(nn.Module):
-    """multi_rationale_log_softmax with its settings kept."""
+    """multi_rationale_log_softmax as a module: made with the settings, called with the tensors, all named as there."""
 
     def __init__(self, *, temperature: float = 1.0, backend: str = "auto"):
         super().__init__()
