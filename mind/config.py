@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from accelerate.utils import DynamoBackend
@@ -32,6 +32,12 @@ REFUSED = (
     ("deepspeed", None, SHARDING),
     ("parallelism_config", None, SHARDING),
 )
+Method = Literal[
+    "mind", "no_fusion", "instant_loss", "instant_meta", "no_attention", "no_cons", "single_path", "mcc_kd"
+]
+Divergence = Literal["forward", "reverse", "jsd"]
+TemperaturePower = Literal[0, 2]
+Direction = Literal["prediction_first", "target_first"]
 ASSISTANT_METHODS = ("mind", "instant_meta", "no_attention", "no_cons")  # those whose weights a teaching assistant sets
 
 
@@ -59,9 +65,7 @@ class MindConfig(TrainingArguments):
     """
 
     # What the student learns from
-    method: Literal[
-        "mind", "no_fusion", "instant_loss", "instant_meta", "no_attention", "no_cons", "single_path", "mcc_kd"
-    ] = field(
+    method: Method = field(
         default="mind",
         metadata={
             "help": "mind: the whole method. no_fusion: all rationales weigh the same. instant_loss: weights from the "
@@ -91,13 +95,13 @@ class MindConfig(TrainingArguments):
 
     # A white-box teacher's distributions
     kl_weight: float = field(default=0.0, metadata={"help": "γ: weight of the KL to the teacher; needs a teacher."})
-    kl_divergence: Literal["forward", "reverse", "jsd"] = field(
+    kl_divergence: Divergence = field(
         default="forward",
         metadata={"help": "forward: KL(teacher‖student). reverse: KL(student‖teacher). jsd: generalised by kl_beta."},
     )
     kl_beta: float = field(default=0.5, metadata={"help": "β of the generalised Jensen-Shannon divergence, in (0, 1)."})
     kl_temperature: float = field(default=1.0, metadata={"help": "Temperature of teacher and student in the KL."})
-    kl_temperature_power: Literal[0, 2] = field(
+    kl_temperature_power: TemperaturePower = field(
         default=2, metadata={"help": "The KL is multiplied by the temperature to this power."}
     )
 
@@ -124,7 +128,7 @@ class MindConfig(TrainingArguments):
             "forward-only so that the assistant learns from them, in its warm-up and beside the student. 1: all."
         },
     )
-    calibration_direction: Literal["prediction_first", "target_first"] = field(
+    calibration_direction: Direction = field(
         default="prediction_first",
         metadata={"help": "prediction_first: KL(score‖loss). target_first: KL(loss‖score), the classic order."},
     )
@@ -243,12 +247,13 @@ class MindConfig(TrainingArguments):
         fits = self.assistant_hidden_size % heads == 0 and self.assistant_hidden_size % 2 == 0
         self._want("assistant_hidden_size", fits, f"a multiple of 2 and of assistant_heads = {heads}")
         choices = {
-            "method": (*ASSISTANT_METHODS, "no_fusion", "instant_loss", "single_path", "mcc_kd"),
-            "kl_divergence": ("forward", "reverse", "jsd"),
-            "kl_temperature_power": (0, 2),
-            "calibration_direction": ("prediction_first", "target_first"),
+            "method": Method,
+            "kl_divergence": Divergence,
+            "kl_temperature_power": TemperaturePower,
+            "calibration_direction": Direction,
         }
-        for name, values in choices.items():
+        for name, kind in choices.items():
+            values = get_args(kind)
             self._want(name, getattr(self, name) in values, "one of " + ", ".join(map(str, values)))
         PromptFormat(self.answer_suffix)
         # What the trainer does not do is refused, not ignored.
