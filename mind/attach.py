@@ -173,6 +173,12 @@ class MindAttachment:
         hidden_states = rows.new_zeros(shape.numel(), rows.shape[-1])
         return hidden_states.index_copy(0, prompts.place, rows[prompts.source]).view(*shape, -1)
 
+    def logits(self, hidden_states: Tensor, dtype: torch.dtype) -> Tensor:  # (…, H) -> (…, V)
+        """The final logits of these rows: a product in the dtype of its operands, then scale and cap in `dtype`."""
+        z = self.loss.logit_scale * F.linear(hidden_states, self.head.weight, self.head.bias).to(dtype)
+        softcap = self.loss.logit_softcap
+        return z if softcap is None else softcap * torch.tanh(z / softcap)
+
     @torch.no_grad()
     def check_shared_prompts(self) -> None:
         """Compare both ways of reading three short rationales of two questions.
@@ -303,9 +309,7 @@ class MindAttachment:
                 handle.remove()
         if not own_hidden_states:
             raise ValueError(f"model: {name}'s forward does not call its get_decoder(), a {type(self.base).__name__}")
-        logits = scale * F.linear(gain * hidden_states, self.head.weight, self.head.bias).double()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = self.logits(gain * hidden_states, torch.float64)
         if own_logits.shape != logits.shape:
             own_shape, shape = tuple(own_logits.shape), tuple(logits.shape)
             raise ValueError(f"model: {name}'s own logits have shape {own_shape}, its head's have {shape}; wanted one")

@@ -325,7 +325,6 @@ class MindTrainer(Trainer):
         hidden_states: (N, H). answer_index: (B, K, A), −1 = absent; two rationales of a question, or one: then it is 0.
         """
         student = self._attached()
-        scale, softcap = student.loss.logit_scale, student.loss.logit_softcap
         total = hidden_states.sum() * 0.0
         for rows in answer_index:  # (K, A)
             rows = rows[(rows >= 0).any(-1)]
@@ -333,10 +332,7 @@ class MindTrainer(Trainer):
             if len(rows) < 2:
                 continue
             with self.accelerator.autocast():
-                logits = F.linear(hidden_states[rows], student.head.weight, student.head.bias)  # (2, A, V)
-            logits = scale * logits.float()
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
+                logits = student.logits(hidden_states[rows], torch.float32)  # (2, A, V)
             log_p, log_q = logits.log_softmax(-1)
             # KL(p ‖ q) + KL(q ‖ p) = Σ (p − q)·(log p − log q)
             total = total + 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean()
