@@ -59,16 +59,25 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_floating(name: str, tensor: Tensor) -> None:
+def check_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: given {type(tensor).__name__}, wanted a torch.Tensor")
+    # Known by its method: torch.distributed need not be there.
+    if not torch.compiler.is_compiling() and hasattr(tensor, "full_tensor"):
+        raise TypeError(
+            f"{name}: given a {type(tensor).__name__}, wanted a plain tensor: its full_tensor(), or for FSDP2's "
+            "parameters a call from the forward of the module they are sharded with"
+        )
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    check_tensor(name, tensor)
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name}: given {tensor.dtype}, wanted one of bfloat16, float16, float32, float64")
 
 
 def check_integer(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: given {type(tensor).__name__}, wanted a torch.Tensor")
+    check_tensor(name, tensor)
     if tensor.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: given {tensor.dtype}, wanted torch.int64 or torch.int32")
 

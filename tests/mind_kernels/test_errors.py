@@ -326,6 +326,23 @@ def test_log_softmax() -> None:
         multi_rationale_log_softmax(torch.zeros(2, 3, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("name", ["hidden_states", "lm_head_weight", "shift_labels", "rationale_weights"])
+def test_a_sharded_tensor(name: str) -> None:
+    """A head that fully_shard has cut is one outside its module's forward."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        arguments = good()
+        arguments[name] = DTensor.from_local(arguments[name], DeviceMesh("cpu", [0]), [Replicate()])
+        with pytest.raises(TypeError, match=rf"^{name}: given a DTensor, wanted a plain tensor: its full_tensor\(\)"):
+            mind_loss(**arguments)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_nothing_is_changed_by_a_refused_call() -> None:
     arguments = good()
     arguments["hidden_states"].requires_grad_()
