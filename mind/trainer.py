@@ -76,6 +76,10 @@ class MindTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ) -> None:
+        if not isinstance(model, PreTrainedModel | PeftModel):
+            raise TypeError(f"model: given {type(model).__name__}, want PreTrainedModel, as load_student gives")
+        if model.get_output_embeddings() is None:
+            raise ValueError(f"model: {type(model).__name__} has no output embeddings, want a causal language model")
         if not isinstance(args, MindConfig):
             raise TypeError(f"args: given {type(args).__name__}, want MindConfig")
         if not isinstance(train_dataset, MindDataset):
@@ -142,6 +146,8 @@ class MindTrainer(Trainer):
             raise ValueError(f"teacher: given {given} with kl_weight = {weight}, want one exactly when it is above 0")
         if teacher is None or isinstance(teacher, TopKTeacher):
             return teacher
+        if not isinstance(teacher, PreTrainedModel | PeftModel):
+            raise TypeError(f"teacher: given {type(teacher).__name__}, want PreTrainedModel or TopKTeacher")
         attachment = attach_mind_loss(nn.Module.to(teacher, self.args.device).eval())
         attachment.detach()
         if self.args.share_prompt:

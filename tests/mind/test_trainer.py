@@ -1114,4 +1114,11 @@ def test_types_that_do_not_fit(tmp_path: Path) -> None:
         MindTrainer(tiny_student(), {}, tiny_dataset(), processing_class=tiny_tokenizer())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="train_dataset: given list, want MindDataset"):
         MindTrainer(tiny_student(), config(tmp_path), [], processing_class=tiny_tokenizer())  # type: ignore[arg-type]
+    for model in ("gpt2", nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match=f"model: given {type(model).__name__}, want PreTrainedModel"):
+            make_trainer(tmp_path, model)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model: LlamaModel has no output embeddings, want a causal language model"):
+        make_trainer(tmp_path, tiny_student().model)
+    with pytest.raises(TypeError, match="teacher: given str, want PreTrainedModel or TopKTeacher"):
+        make_trainer(tmp_path, teacher="gpt2", kl_weight=0.5)
     assert tiny_dataset().feature_dim == FEATURE_DIM
