@@ -280,8 +280,8 @@ class MindAttachment:
     def _check_logits(self) -> None:
         """Compare the model's own logits of a few tokens with those of base, head, scale and cap.
 
-        Both get the same hidden_states, multiplied so that the logits span about ±50: what a cap or any other
-        non-linearity does, which small logits hide, is then seen.
+        Both get the same hidden_states, multiplied so that the logits span about ±50: a cap or any other non-linearity
+        then shows, which small logits would hide.
         """
         model, scale, softcap = self.model, self.loss.logit_scale, self.loss.logit_softcap
         name = type(model).__name__

@@ -67,7 +67,7 @@ def read_state(checkpoint: str, wanted: dict[str, Any]) -> dict[str, Any]:
     if state["question_ids"] != wanted["question_ids"]:
         count = len(state["question_ids"])
         raise ValueError(f"{checkpoint}: was trained on {count} other questions, want those of train_dataset")
-    suffix = state.get("answer_suffix", wanted["answer_suffix"])  # which checkpoints did not tell at first
+    suffix = state.get("answer_suffix", wanted["answer_suffix"])  # which early checkpoints lack
     if suffix != wanted["answer_suffix"]:
         raise ValueError(
             f"{checkpoint}: was trained with answer_suffix {suffix!r}, want train_dataset's {wanted['answer_suffix']!r}"

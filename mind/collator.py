@@ -26,8 +26,9 @@ class SharedPrompts(NamedTuple):
     prompt's and its own, or a question's prompt and only rationale together.
 
     input_ids, position_ids: (1, N) int64; positions begin at 0 with each prompt and go on in each of its rationales.
-    query_index, key_index: (S, T_q), (S, T_k) int64: the tokens of each sequence's queries and keys, and these over
-        again: into a token that filled up all sequences a GPU would add thousands of gradients one after the other.
+    query_index, key_index: (S, T_q), (S, T_k) int64: the tokens of each sequence's queries and keys, repeated up to
+        the longest sequence. One token as padding for all of them would get thousands of gradients, which a GPU adds
+        one after the other.
     output_index: (N,) int64: where each token stands among the S·T_q queries.
     key_rows: (M,) int64: the keys of all sequences without padding.
     cu_seqlens_q, cu_seqlens_k: (S + 1,) int32: where each sequence starts among the N queries and the M keys.

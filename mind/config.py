@@ -285,7 +285,7 @@ class MindConfig(TrainingArguments):
             option = getattr(self.accelerator_config, name)
             if bool(option) != bool(value):
                 raise ValueError(f"accelerator_config: given {name} = {option!r}, want {value!r}: {reason}")
-        # Flyte and Azure, beside MLflow, are used where they are named; whether they are installed it does not tell.
+        # transformers uses Flyte and Azure where they are named, but does not tell whether they are installed.
         loggers = [*get_available_reporting_integrations(), "azure_ml", "flyte"]
         for name in self.report_to or ():
             if name not in loggers:

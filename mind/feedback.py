@@ -1,4 +1,4 @@
-"""What the micro-batches of a training run tell, and the means of it that are logged."""
+"""What each micro-batch of a training run reports, and the means that are logged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mind_kernels.chunking import to_device
 
 @dataclass(frozen=True)
 class Feedback:
-    """What one micro-batch told, kept until the end of its optimiser step."""
+    """What one micro-batch reports, kept until the end of its optimiser step."""
 
     batch: QuestionBatch
     scores: Tensor | None  # (B, K), None without a teaching assistant
@@ -42,7 +42,7 @@ def summarise(
     cross_entropy, consistency, kl: the loss's parts before their weights, per optimiser step (`consistency` is the
         symmetric KL in mcc_kd, and not measured where its weight is 0; `kl` only with a teacher)
     selected_rationales: |I| per question. weight_entropy: of α, per question
-    supervised_tokens_per_second: divided by 0 yet, the seconds are the caller's
+    supervised_tokens_per_second: the divisor is 0 here, the caller adds the seconds
     with gradient_tolerance, per row of logits with a gradient: kept_share of the vocabulary in the backward products,
         certificate (the dropped part of the logit gradient's norm), dense_share (rows in chunks that stayed dense)
     perspective_selected/<name>: the share of its rationales that were selected

@@ -179,7 +179,7 @@ def _read_data(run: RunArguments, config: MindConfig) -> tuple[list[Record], lis
         chosen = set(random.Random(seed).sample(range(len(records)), run.num_heldout))
         heldout = [record for i, record in enumerate(records) if i in chosen]
         records = [record for i, record in enumerate(records) if i not in chosen]
-        # A perspective that chance has left to these questions alone is none that training has.
+        # A perspective that occurs in these questions alone is not one of the training's.
         trained = perspectives_of(records)
         heldout = [
             replace(record, rationales=tuple(item for item in record.rationales if item.perspective in trained))
@@ -271,7 +271,7 @@ def _read_before(
             raise ValueError(
                 f"{path}: tells the losses on {metrics.get('measured_on')}, want those of this run on {measured_on}"
             )
-        longest = metrics.get("max_new_tokens", max_new_tokens)  # which metrics did not tell at first
+        longest = metrics.get("max_new_tokens", max_new_tokens)  # which early metrics lack
         if heldout and longest != max_new_tokens:
             raise ValueError(
                 f"{path}: tells the accuracy with max_new_tokens = {longest}, want this run's {max_new_tokens}"
@@ -321,7 +321,7 @@ class _Clock:
 
 
 class _LogFile(TrainerCallback):
-    """log.jsonl goes as far as the last checkpoint, for who looks at a run that trains or was killed."""
+    """Writes log.jsonl with each checkpoint, for those who look at a run that still trains or was killed."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         write_log(args.output_dir, state.log_history)

@@ -569,7 +569,7 @@ class MindTrainer(Trainer):
     # Saving and resuming
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, and the teaching assistant beside the student, which stops by itself where it was taught to."""
+        """As Trainer's, with the assistant beside the student, whose generation stops where it was taught to stop."""
         # The end of the turn need not be the EOS that its settings name. Under adapters those of the base are read.
         student = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if student.generation_config is not None:
