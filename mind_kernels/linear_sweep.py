@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mind_kernels.arguments import current_device, without_autocast
 from mind_kernels.autograd import refuse_second_derivative, with_tensors, without_tensors
-from mind_kernels.chunking import Chunk, plan_chunks, row_buffer, teacher_parts
+from mind_kernels.chunking import Chunk, Rows, plan_chunks, row_buffer, teacher_parts
 from mind_kernels.plan import RowLosses, SweepOptions, make_plan
 from mind_kernels.products import TILE, adds_wide_products, has_wide_products, product, project
 from mind_kernels.pruning import ChunkColumns, GradientPruning, choose_columns, most_kept
@@ -99,6 +99,30 @@ class _WeightGradient:
         return self.total.to(dtype)
 
 
+class _Division(NamedTuple):
+    chunks: list[Chunk]  # of rows whose logits are held together
+    parts: list[list[Chunk]]  # of each chunk, whose logits of a TeacherHidden are held together
+    logits_dtype: torch.dtype
+    teacher_dtype: torch.dtype  # of a TeacherHidden's logits
+
+
+def _divide(rows: Rows, V: int, options: SweepOptions, need_gradient: bool) -> _Division:
+    """Rows into chunks and their parts, as many at a time as max_logits_bytes allows."""
+    compute_dtype = options.compute_dtype
+    logits_dtype = options.logits_dtype or compute_dtype
+    is_wide = logits_dtype != compute_dtype  # whose gradient, an operand of products, needs a buffer of its own
+    bytes_per_row = V * (logits_dtype.itemsize + (compute_dtype.itemsize if is_wide else 0))
+    if options.pruning is not None and options.backend == "triton" and need_gradient:
+        bytes_per_row += most_kept(V) * compute_dtype.itemsize  # the buffer for G's kept columns
+    if not isinstance(options.teacher, TeacherHidden):
+        chunks = plan_chunks(rows, bytes_per_row, options.max_logits_bytes)
+        return _Division(chunks, [[chunk] for chunk in chunks], logits_dtype, compute_dtype)
+    head = options.teacher.lm_head_weight
+    teacher_dtype = torch.promote_types(head.dtype, logits_dtype) if is_wide else head.dtype
+    chunks = plan_chunks(rows, bytes_per_row, options.max_logits_bytes, len(head) * teacher_dtype.itemsize)
+    return _Division(chunks, [teacher_parts(chunk, rows) for chunk in chunks], logits_dtype, teacher_dtype)
+
+
 def sweep(
     hidden_states: Tensor,  # (N, H)
     lm_head_weight: Tensor,  # (V, H)
@@ -117,20 +141,8 @@ def sweep(
     plan = make_plan(N, weights, options, need_gradient, need_grad_rationale_weights)
     rows = plan.rows
 
-    # Wider logits than the products take need the gradient in a buffer of its own.
-    logits_dtype = compute_dtype if options.logits_dtype is None else options.logits_dtype
+    chunks, parts, logits_dtype, teacher_dtype = _divide(rows, V, options, need_gradient)
     is_wide = logits_dtype != compute_dtype
-    bytes_per_row = V * (logits_dtype.itemsize + (compute_dtype.itemsize if is_wide else 0))
-    teacher_head = options.teacher.lm_head_weight if isinstance(options.teacher, TeacherHidden) else None
-    teacher_dtype, teacher_bytes = compute_dtype, 0
-    if teacher_head is not None:
-        teacher_dtype = torch.promote_types(teacher_head.dtype, logits_dtype) if is_wide else teacher_head.dtype
-        teacher_bytes = teacher_head.shape[0] * teacher_dtype.itemsize
-    if options.pruning is not None and options.backend == "triton" and need_gradient:
-        bytes_per_row += most_kept(V) * compute_dtype.itemsize  # the buffer for G's kept columns
-    chunks = plan_chunks(rows, bytes_per_row, options.max_logits_bytes, teacher_bytes)
-    parts = [[chunk] if teacher_head is None else teacher_parts(chunk, rows) for chunk in chunks]
-    chunk_rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     X_all = hidden_states.detach()
     W = lm_head_weight.detach().to(compute_dtype)
     b = None if lm_head_bias is None else lm_head_bias.detach().to(compute_dtype)
@@ -165,12 +177,15 @@ def sweep(
         losses_and_gradient_, choose = TorchRows(plan, options, V, logits_dtype, row_losses), choose_columns
 
     def run_chunks() -> None:
+        chunk_rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
         logits = row_buffer(chunk_rows, V, logits_dtype, device, options.backend)
         gradient = row_buffer(chunk_rows, V, compute_dtype, device, options.backend) if is_wide else None
         teacher_logits = None
-        if teacher_head is not None:
+        if isinstance(options.teacher, TeacherHidden):
             part_rows = max((part.stop - part.start for of_chunk in parts for part in of_chunk), default=0)
-            teacher_logits = row_buffer(part_rows, len(teacher_head), teacher_dtype, device, options.backend)
+            teacher_logits = row_buffer(
+                part_rows, len(options.teacher.lm_head_weight), teacher_dtype, device, options.backend
+            )
         for chunk, parts_of_chunk in zip(chunks, parts, strict=True):
             index = rows.order[chunk.start : chunk.stop]
             X = X_all[index].to(compute_dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mind_kernels.arguments import (
     check_answer_index,
@@ -23,6 +23,7 @@ from mind_kernels.arguments import (
     resolve_rationales,
 )
 from mind_kernels.linear_sweep import linear_loss
+from mind_kernels.module import LossModule
 from mind_kernels.plan import SweepOptions
 from mind_kernels.pruning import GradientPruning, resolve_pruning
 from mind_kernels.reduction import weighted_sum
@@ -164,7 +165,7 @@ def mind_loss(
     )
 
 
-class MindLoss(nn.Module):
+class MindLoss(LossModule):
     """mind_loss as a module: made with the settings, called with the tensors and num_questions, all named as there."""
 
     def __init__(

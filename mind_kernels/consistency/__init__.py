@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mind_kernels.arguments import (
     check_answer_index,
@@ -15,6 +15,7 @@ from mind_kernels.arguments import (
     resolve_num_questions,
 )
 from mind_kernels.linear_sweep import linear_loss
+from mind_kernels.module import LossModule
 from mind_kernels.plan import SweepOptions
 from mind_kernels.teacher_rows import KLOptions
 
@@ -79,7 +80,7 @@ def answer_consistency(
     return linear_loss(hidden_states, lm_head_weight, lm_head_bias, rationale_weights, options).loss
 
 
-class AnswerConsistency(nn.Module):
+class AnswerConsistency(LossModule):
     """answer_consistency as a module: made with the settings, called with the tensors and num_questions, as there."""
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mind_kernels.arguments import (
     REDUCTIONS,
@@ -17,6 +17,7 @@ from mind_kernels.arguments import (
     resolve_rationales,
 )
 from mind_kernels.linear_sweep import linear_loss
+from mind_kernels.module import LossModule
 from mind_kernels.plan import SweepOptions
 from mind_kernels.pruning import GradientPruning, resolve_pruning
 from mind_kernels.teacher_rows import KLOptions
@@ -109,7 +110,7 @@ def fused_linear_cross_entropy(
     return losses.loss, losses.cross_entropy
 
 
-class FusedLinearCrossEntropy(nn.Module):
+class FusedLinearCrossEntropy(LossModule):
     """fused_linear_cross_entropy as a module: made with the settings, called with the tensors, all named as there."""
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mind_kernels.arguments import (
     REDUCTIONS,
@@ -19,6 +19,7 @@ from mind_kernels.arguments import (
 )
 from mind_kernels.kl.call import KLCall
 from mind_kernels.kl.function import weighted_kl
+from mind_kernels.module import LossModule
 from mind_kernels.teacher_rows import KLOptions
 from mind_kernels.teachers import Teacher, check_teacher
 
@@ -90,7 +91,7 @@ def ta_weighted_kl(
     return weighted_kl(student_logits, weights, options)
 
 
-class TAWeightedKL(nn.Module):
+class TAWeightedKL(LossModule):
     """ta_weighted_kl as a module: made with the settings, called with the tensors, all named as there."""
 
     def __init__(

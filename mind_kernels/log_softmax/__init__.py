@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mind_kernels.arguments import (
     can_look,
@@ -14,6 +14,7 @@ from mind_kernels.arguments import (
     require,
 )
 from mind_kernels.log_softmax.torch_path import torch_log_softmax
+from mind_kernels.module import LossModule
 
 __all__ = ["MultiRationaleLogSoftmax", "multi_rationale_log_softmax"]
 
@@ -65,7 +66,7 @@ def multi_rationale_log_softmax(
     return torch_log_softmax(logits, temperature, token_ids)
 
 
-class MultiRationaleLogSoftmax(nn.Module):
+class MultiRationaleLogSoftmax(LossModule):
     """multi_rationale_log_softmax as a module: made with the settings, called with the tensors, all named as there."""
 
     def __init__(self, *, temperature: float = 1.0, backend: str = "auto"):

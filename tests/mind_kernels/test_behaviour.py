@@ -1008,6 +1008,7 @@ def test_a_modules_settings_are_attributes_that_forward_reads(module, monkeypatc
     wanted = {name: f"another {name}" for name in inspect.signature(module).parameters}
     for name, value in wanted.items():
         setattr(twin, name, value)
+    assert repr(twin) == f"{module.__name__}({', '.join(f'{name}={value!r}' for name, value in wanted.items())})"
     read: dict[str, object] = {}
     home = sys.modules[module.__module__]
     (function,) = (name for name in home.__all__ if name.replace("_", "") == module.__name__.lower())
