@@ -170,9 +170,9 @@ TOLERANCE = Fraction(1, 10**6)  # relative below 1, absolute above: two differen
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-# A unit: words, with ^2 or ^{-1}. What may be algebra is left to math-verify: one letter, xy, pi or sqrt; without a
-# space before it ab, too.
-_UNIT_BEHIND = r"""(?:(?:\s+|(?=[^\W\d_]{2}|°)(?!(?-i:(?!cc)[abcxyz]+)\b))(?!(?:[a-z]|[xyz]+|pi|sqrt)\b)
+# A unit: words, with ^2 or ^{-1}, but not the rest of "3 and a half". What may be algebra is left to math-verify: one
+# letter, except before "/s", xy, pi or sqrt; without a space before it ab, too.
+_UNIT_BEHIND = r"""(?:(?:\s+|(?=[^\W\d_]{2}|°)(?!(?-i:(?!cc)[abcxyz]+)\b))(?!(?:[a-z](?!/s\b)|[xyz]+|pi|sqrt|and)\b)
     [^\W\d_°](?:[^\d\\=+*<>^]|\^\{?-?[1-4]\}?)*|\s*°[cf]?)?"""
 _NUMBER = re.compile(
     rf"""[$€£¥₹]?\s*(?P<sign>[-+]?)\s*[$€£¥₹]?\s*
@@ -250,11 +250,13 @@ _EDGES = re.compile(r"""^(?:["'“”‘’,;:!?\s]|\.(?!\d))+|["'“”‘’.,
 _VULGAR_FRACTION = re.compile("[¼-¾⅐-⅞]")
 # 1 000 with a space that does not break, or LaTeX's; not the whole of a mixed number
 _THOUSANDS_SPACE = re.compile(r"(?<=\d)(?:[\u00a0\u2009\u202f]|\\,)(?=\d{3}(?!\d|\s*/))")
+_MIXED = re.compile(r"(?<![\d/.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])")  # 3 1/2, which LaTeX would multiply
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-z]))")
 # No word: what math-verify may read. Of letters alone only p - q, which hyphenated words do not resemble.
 _EXPRESSION = re.compile(r".*[\d\\^+*/=<>].*|-?\s*[a-z]\s*-\s*[a-z]|-\s*[a-z]", re.IGNORECASE | re.DOTALL)
+_BOTH = re.compile(r"(?:yes|no|true|false)(?:\s*/\s*|\s+(?:or|and)\s+)(?:yes|no|true|false)\b")
 _TRUTH = {"yes": True, "true": True, "no": False, "false": False}
 
 
@@ -262,11 +264,12 @@ def answers_match(given: str | None, wanted: str) -> bool:
     """Whether two answers have the same value. Any text is allowed; an answer that cannot be read matches nothing.
 
     In this order: the same words (case, spacing, final punctuation and a leading article aside); option letters
-    ("(B)", "B.", "B) 12 cm", but not two names, "E. coli" and "E. faecalis"); yes/no and true/false by the first word;
-    clock times, ratios, ranges, scores and dates in figures part by part where both are; numbers (thousands commas,
-    decimals, fractions, mixed numbers, percentages, currency signs; what follows the last "="), where 75 % matches both
-    75 and 0.75, 5 million both 5,000,000 and 5; the rest, LaTeX, algebra and several statements ("x = 3, y = 5"), by
-    math-verify, which takes "12-5" for 7. Fractions, powers and roots may be Unicode's: ½, x², √2.
+    ("(B)", "B.", "B) 12 cm", but not two names, "E. coli" and "E. faecalis"); yes/no and true/false by the first word,
+    but neither of "yes or no"; clock times, ratios, ranges, scores and dates in figures part by part where both are;
+    numbers (thousands commas, decimals, fractions, mixed numbers, percentages, currency signs; what follows the last
+    "=", but not of a wanted equation, "x + 2y = 5"), where 75 % matches both 75 and 0.75, 5 million both 5,000,000 and
+    5; the rest, LaTeX, algebra and several statements ("x = 3, y = 5"), by math-verify, which takes "12-5" for 7.
+    Fractions, powers and roots may be Unicode's: ½, x², √2.
 
     A unit may be missing ("5 km" matches "5", "5 km/h" matches "5 km") and is never converted; two units differ where
     both are among _UNITS, by whatever name: "5 km" does not match "5 m", "5 m²" and "5 m/s" not "5 m^3" and "5 m/min".
@@ -293,7 +296,7 @@ def answers_match(given: str | None, wanted: str) -> bool:
         return given_option == wanted_option and not _other_names(given, wanted)
     if _words(wanted) in _TRUTH:
         first_word = re.split(r"\W", _words(given), maxsplit=1)[0]
-        return _TRUTH.get(first_word) == _TRUTH[_words(wanted)]
+        return _TRUTH.get(first_word) == _TRUTH[_words(wanted)] and not _BOTH.match(_words(given))
     for (given_rows, given_power), (wanted_rows, wanted_power) in zip(_units(given), _units(wanted), strict=False):
         if given_power != wanted_power or not given_rows & wanted_rows:
             return False
@@ -303,7 +306,7 @@ def answers_match(given: str | None, wanted: str) -> bool:
     given_parts, wanted_parts = _PARTS.fullmatch(given), _PARTS.fullmatch(wanted)
     if given_parts and wanted_parts:
         return _same_parts(given_parts, wanted_parts)
-    given_value, wanted_value = _number(given), _number(wanted)
+    given_value, wanted_value = _number(given), None if _is_equation(wanted) else _number(wanted)
     if given_value and wanted_value:
         return _same_number(given_value, wanted_value)
     if _EXPRESSION.fullmatch(wanted):
@@ -314,7 +317,7 @@ def answers_match(given: str | None, wanted: str) -> bool:
 def is_number(answer: str) -> bool:
     """Whether answers_match compares this wanted answer as a number: one that guessing among options does not hit."""
     answer = _clean(answer)
-    return len(answer) <= MAX_EXPRESSION_LENGTH and _number(answer) is not None
+    return len(answer) <= MAX_EXPRESSION_LENGTH and not _is_equation(answer) and _number(answer) is not None
 
 
 def is_option(answer: str) -> bool:
@@ -327,11 +330,12 @@ def _clean(text: str) -> str:
     """Without typographic variants, emphasis and what only frames an answer: $…$, \\boxed{…}, a final period."""
     text = re.sub(r"(?<=\d),\s*\\!\s*(?=\d)", ",", text)  # 11,\! 111
     text = _THOUSANDS_SPACE.sub("", text)
-    text = re.sub(r"(?<=\d)\s*\\(?:text|mathrm)\{([^{}]*)\}", r" \1", text)  # 12\text{ cm}
+    text = re.sub(r"(?<=\d)[\s~]*\\(?:text|mathrm)\{~?([^{}]*)\}", r" \1", text)  # 12\text{ cm}, 12\mathrm{~cm}
     text = _EMPHASIS.sub(r"\2", text)
     for old, new in (("−", "-"), ("–", "-"), ("\u00a0", " "), ("\u202f", " "), ("\\$", "$"), ("\\%", "%"), ("\\!", "")):
         text = text.replace(old, new)
-    text = text.replace("{,}", ",").replace("π", "\\pi ").replace("∞", "\\infty ")
+    text = text.replace("{,}", ",").replace("∞", "\\infty ")
+    text = re.sub(r"π|(?<![\\a-z])pi\b", r"\\pi ", text, flags=re.IGNORECASE)
     text = _VULGAR_FRACTION.sub(lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/"), text)
     text = _SUPERSCRIPT.sub(lambda match: "^" + _braced(match[0].translate(_RAISED)), text)
     text = _ROOT.sub(lambda match: f"\\sqrt{{{match[1] or match[2]}}}", text)
@@ -357,10 +361,14 @@ def _words(text: str) -> str:
 def _option(text: str) -> str | None:
     """The letter of a multiple-choice answer, upper case; None of several, "(A) and (B)"."""
     letters = [part for part in _LIST.split(text) if part.strip()]
-    if len(letters) > 1 and all(_OPTION_ALONE.fullmatch(part.strip()) for part in letters):
+    if len(letters) > 1 and all(map(_option_match, letters)):
         return None
-    match = _OPTION_ALONE.fullmatch(text) or _OPTION.fullmatch(text)
+    match = _option_match(text)
     return next(group for group in match.groups() if group).upper() if match else None
+
+
+def _option_match(text: str) -> re.Match[str] | None:
+    return _OPTION_ALONE.fullmatch(text.strip()) or _OPTION.fullmatch(text.strip())
 
 
 def _list(text: str) -> set[str]:
@@ -406,6 +414,12 @@ def _number(text: str) -> tuple[Fraction, bool, int] | None:
     value += int(match["whole"] or 0)
     scale = _SCALES[match["scale"].lower()] if match["scale"] else 1
     return (-value if match["sign"] == "-" else value), match["percent"] is not None, scale
+
+
+def _is_equation(text: str) -> bool:
+    """Whether a formula stands before the last "=": x + 2y = 5 is not 5, as x = 5 and 2 + 3 = 5 are."""
+    left = _BRACKETS.sub("", text).rpartition("=")[0]
+    return re.search(r"[-+*/^]", left) is not None and re.search(r"[^\W\d_]", left) is not None
 
 
 def _units(text: str) -> list[tuple[set[int], int]]:
@@ -459,7 +473,7 @@ def _verify(given: str, wanted: str) -> bool:
     parsed = []
     for text in (wanted, given):
         # The whole text is one expression, not the first number in a sentence.
-        text = text.replace("°", "^\\circ ")
+        text = _MIXED.sub(r"\1\\frac{\2}{\3}", text.replace("°", "^\\circ "))
         latex = text if re.search(r"\$|\\\(|\\\[", text) else f"${text}$"
         config = [math_verify.LatexExtractionConfig()]
         parsed.append(math_verify.parse(latex, config, fallback_mode="no_fallback", parsing_timeout=TIME_LIMIT))

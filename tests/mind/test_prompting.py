@@ -372,6 +372,17 @@ SAME = [
     ("$2.5 billion", "2500 million dollars"),
     ("60", "5 dozen eggs"),
     ("3 thousand", "3"),  # of a question that asks how many thousand
+    ("4 2/3", "\\frac{14}{3}"),
+    ("-4 2/3", "-\\frac{14}{3}"),
+    ("12 pi", "12\\pi"),
+    ("pi/2", "\\frac{\\pi}{2}"),
+    ("60 m/s", "60"),
+    ("9.8", "9.8 m/s^2"),
+    ("13~\\text{cm}", "13"),
+    ("13 \\mathrm{~cm}", "13 cm"),
+    ("x + 2y = 5", "2y + x - 5 = 0"),
+    ("3 apples + 2 apples = 5 apples", "5"),
+    ("No, because yes is what he said", "no"),
 ]
 DIFFERENT = [
     (None, "42"),
@@ -486,6 +497,15 @@ DIFFERENT = [
     ("5 thousand", "5 million"),
     ("5 million", "500,000"),
     ("2 hundred", "2 thousand"),
+    ("5x - 7y - 4 = 0", "5x - 7y + 4 = 0"),
+    ("0", "5x - 7y + 4 = 0"),
+    ("x^2 - y^2 = 25", "x^2 + y^2 = 25"),
+    ("yes or no", "yes"),  # what the question asked for
+    ("No/Yes", "no"),
+    ("(A) bank and (B) library", "A"),
+    ("A. bank or B. library", "A. bank"),
+    ("10 and a half", "10"),
+    ("6 x/y", "6"),
 ]
 
 
