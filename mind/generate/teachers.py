@@ -205,7 +205,8 @@ class ServerTeacher:
 
         Raises: GenerateError or _TransientError otherwise.
         """
-        status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
+        status = error.status_code
+        body = error.body if isinstance(error.body, dict) else {"message": error.body}
         says = f"{status}: {self._clean(body.get('message') or body.get('detail') or error.message)}"
         if status in (401, 403):
             raise GenerateError(f"{self._place}: refuses the key ({status}), want a valid one in the environment")
@@ -229,8 +230,12 @@ class ServerTeacher:
             if text is None and finish_reason in ("length", "content_filter"):
                 text = ""
             text.encode("utf-8")  # half a character, "\ud800", is in no text
-            usage = payload.get("usage") or {}
-            counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
+            usage = payload.get("usage")
+            given = usage if isinstance(usage, dict) else {}
+            prompt_tokens, completion_tokens = (
+                count if isinstance(count := given.get(name), int) else None
+                for name in ("prompt_tokens", "completion_tokens")
+            )
             topk, k = None, self.sampling.top_logprobs
             if k and text:
                 assert self.sampling.student is not None
@@ -240,14 +245,14 @@ class ServerTeacher:
                         f"{self._place}: returns no log-probabilities, want a server that does, or top_logprobs 0"
                     )
                 topk = self.sampling.student.served(logprobs, k)
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
             if isinstance(error, GenerateError):
                 raise
             detail = self._clean(f"{type(error).__name__}: {error}")
             raise _TransientError(f"answers what is no chat completion ({detail})") from error
         if topk is not None and self.sampling.student is not None:
             self.sampling.student.watch(self.model, topk, text)
-        return Answer(text, str(finish_reason), *counts, topk=topk)
+        return Answer(text, str(finish_reason), prompt_tokens, completion_tokens, topk=topk)
 
     @property
     def _place(self) -> str:

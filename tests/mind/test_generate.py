@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,7 @@ FAULTS = {
     "no object": Reply(b'"choices"'),
     "wrong encoding": Reply('{"choices": [{"message": {"content": "5 €"}}]}'.encode("cp1252")),
     "half a character": Reply(b'{"choices": [{"message": {"content": "\\ud800"}}]}'),
+    "endless nesting": Reply(b"[" * 100_000),
 }
 
 
@@ -296,6 +298,19 @@ def test_a_fault_is_tried_again(fault: str, tmp_path: Path) -> None:
     assert server.prompts[0] == server.prompts[1] and server.prompts[4] == server.prompts[5]
     if fault == "429":  # Retry-After is obeyed
         assert all(1 <= server.times[i + 1] - server.times[i] < 30 for i in (0, 4))
+
+
+def test_counts_that_are_none_are_not_counted(tmp_path: Path) -> None:
+    def miscounted(body: dict[str, Any], number: int) -> Reply:
+        reply = solve(body)
+        payload = json.loads(reply.body)
+        payload["usage"] = [[1], {"prompt_tokens": "20", "completion_tokens": [10]}, None][number % 3]
+        return replace(reply, body=json.dumps(payload).encode())
+
+    write(tmp_path / "questions.jsonl", sums(1))
+    with loopback(miscounted) as server:
+        report = generate(tmp_path, server.url)
+    assert report["perspectives"]["decomposition"]["prompt_tokens"] is None
 
 
 def test_a_slow_answer_is_tried_again(tmp_path: Path) -> None:
@@ -426,6 +441,10 @@ def test_what_asks_a_server_is_missing(
         (
             refusal(400, f"no chat template\n({KEY})"),
             "refuses the request of question 'sum-0' (400: no chat template (***))",
+        ),
+        (  # as text-generation-inference says it
+            Reply(b'{"error": "prompt too long", "error_type": "validation"}', 422),
+            "refuses the request of question 'sum-0' (422: prompt too long)",
         ),
         (Reply(b"Not Found", 404, {"content-type": "text/plain"}), "does not know the model or the address (404: "),
         (
