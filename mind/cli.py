@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -174,6 +175,8 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
     values = vars(parse_settings(parser, arguments))
     try:
         run, config = parser.parse_dict(values)
+    except json.JSONDecodeError as error:  # of a mapping, which TrainingArguments reads
+        raise UsageError(f"given {error.doc!r}, want JSON: {error}") from error
     except (ValueError, TypeError, ImportError, OSError) as error:  # of MindConfig and TrainingArguments beneath it
         raise UsageError(str(error)) from error
     return run, config
@@ -250,6 +253,15 @@ def parse_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) ->
     return values
 
 
+class _Loader(yaml.SafeLoader):
+    """Takes 1e-4, which YAML 1.1 has for text, for a number within a mapping, too."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)e[-+]?\d+$", re.IGNORECASE), list("-+.0123456789")
+)
+
+
 def _read_yaml(parser: argparse.ArgumentParser, path: str, namespace: argparse.Namespace) -> None:
     """Sets what the file says on the namespace.
 
@@ -257,7 +269,7 @@ def _read_yaml(parser: argparse.ArgumentParser, path: str, namespace: argparse.N
     """
     try:
         with open(path, encoding="utf-8") as file:
-            root = yaml.compose(file, Loader=yaml.SafeLoader)
+            root = yaml.compose(file, Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config: {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
@@ -294,7 +306,7 @@ def _read_yaml(parser: argparse.ArgumentParser, path: str, namespace: argparse.N
             parsed = parser.parse_args(_as_flag(actions[name].option_strings[0], value))
         except UsageError as error:
             raise UsageError(f"{place}: {error}") from error
-        except (yaml.YAMLError, TypeError) as error:  # a tag that is none of YAML's own; a value that JSON has not
+        except (yaml.YAMLError, TypeError, ValueError) as error:  # a tag that is none of YAML's own; no JSON value
             raise UsageError(f"{place}: {name}: cannot be read: {error}") from error
         setattr(namespace, name, getattr(parsed, name))
 

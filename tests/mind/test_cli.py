@@ -89,7 +89,7 @@ def test_values_of_the_file_are_typed_as_flags_are(tmp_path: Path) -> None:
         max_steps: 7
         save_total_limit: null
         golden_perspective: ~
-        lr_scheduler_kwargs: {num_cycles: 0.4}
+        lr_scheduler_kwargs: {num_cycles: 0.4, min_lr: 1e-6, last: -1.5E5, name: 1e5x}
         include_for_metrics: [inputs, loss]
         answer_suffix: "\\nSo it is {answer}!"
         num_heldout: 12
@@ -101,7 +101,7 @@ def test_values_of_the_file_are_typed_as_flags_are(tmp_path: Path) -> None:
     assert config.use_cpu is True and config.logging_first_step is False and config.max_steps == 7
     assert config.dataloader_pin_memory is False
     assert config.save_total_limit is None and config.golden_perspective is None
-    assert config.lr_scheduler_kwargs == {"num_cycles": 0.4}
+    assert config.lr_scheduler_kwargs == {"num_cycles": 0.4, "min_lr": 1e-6, "last": -1.5e5, "name": "1e5x"}
     assert config.include_for_metrics == ["inputs", "loss"]
     assert config.answer_suffix == "\nSo it is {answer}!"
     assert (run.num_heldout, run.student) == (12, "-x")
@@ -131,6 +131,7 @@ def test_flags_win_over_the_file(first: bool, tmp_path: Path) -> None:
         ("beta: null", ":1: beta: given null, want a value"),
         ("beta: [0.1, 0.2]", ":1: beta: given a list, want one value"),
         ("lr_scheduler_kwargs: {a: 2026-11-23}", ":1: lr_scheduler_kwargs: cannot be read: Object of type date is not"),
+        ("lr_scheduler_kwargs: &a {b: *a}", ":1: lr_scheduler_kwargs: cannot be read: Circular reference"),
         (
             "include_for_metrics: [!mine 1]",
             ":1: include_for_metrics: cannot be read: could not determine a constructor",
@@ -160,6 +161,7 @@ def test_a_file_that_cannot_be_used(text: str, message: str, tmp_path: Path) -> 
             "attn_implementation: given 'mind_sdpa', want eager, sdpa, flash_attention_2 or another of transformers'",
         ),
         (["--beta", "2"], "beta: given 2.0, want a number in [0, 1]"),
+        (["--lr_scheduler_kwargs", "{min_lr: 1}"], "given '{min_lr: 1}', want JSON: Expecting property name"),
     ],
 )
 def test_flags_that_cannot_be_used(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
