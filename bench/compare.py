@@ -39,9 +39,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}), want JSON of bench.losses or bench.steps") from error
+        raise ValueError(f"{path}: cannot be read ({error}), wanted JSON of bench.losses or bench.steps") from error
     if not isinstance(document, dict) or document.get("kind") not in ("losses", "steps"):
-        raise ValueError(f"{path}: has no kind, want JSON of bench.losses or bench.steps")
+        raise ValueError(f"{path}: has no kind, wanted JSON of bench.losses or bench.steps")
     return document
 
 
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--margin", type=float, default=MARGIN, help="share by which a row may get worse (%(default)s)")
     args = parser.parse_args(arguments)
     if not args.margin >= 0:
-        parser.error(f"--margin: given {args.margin}, want a number that is not negative")
+        parser.error(f"--margin: given {args.margin}, wanted a number that is not negative")
     try:
         lines, worse = compare(read(args.old), read(args.new), args.margin)
     except ValueError as error:

@@ -224,7 +224,7 @@ def read_hidden_states() -> dict[str, Tensor]:
 
     path = hidden_states_file()
     if not path.exists():
-        raise InputsError(f"{path}: no cached hidden states, want them made by `python -m bench.inputs`")
+        raise InputsError(f"{path}: no cached hidden states, wanted them made by `python -m bench.inputs`")
     return load_file(path)
 
 

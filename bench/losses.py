@@ -54,15 +54,15 @@ class Parser(argparse.ArgumentParser):
 def chosen(parser: argparse.ArgumentParser, flag: str, given: Sequence[str] | None, known: Sequence[str]) -> list[str]:
     for name in given or ():
         if name not in known:
-            parser.error(f"{flag}: given {name!r}, want one of {', '.join(known)}")
+            parser.error(f"{flag}: given {name!r}, wanted one of {', '.join(known)}")
     return list(given or known)
 
 
 def check_device(parser: argparse.ArgumentParser, device: str) -> str:
     if device not in ("cpu", "cuda"):
-        parser.error(f"--device: given {device!r}, want cpu or cuda")
+        parser.error(f"--device: given {device!r}, wanted cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: given 'cuda' where PyTorch sees no GPU, want cpu")
+        parser.error("--device: given 'cuda' where PyTorch sees no GPU, wanted cpu")
     return device
 
 
@@ -141,13 +141,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtypes = chosen(parser, "--dtypes", args.dtypes, list(DTYPES))
     names = chosen(parser, "--cases", args.cases, list(LOSS_CASES))
     if any(n <= 0 for n in args.rows or ()):
-        parser.error(f"--rows: given {min(args.rows)}, want a number above 0")
+        parser.error(f"--rows: given {min(args.rows)}, wanted a number above 0")
     if args.dry_run:
         planned = plan([n for n in LOSS_CASES if n.startswith("tiny")], [DRY_RUN_ROWS], dtypes, device)
     else:
         planned = plan(names, args.rows, dtypes, device)
     if not planned:
-        parser.error(f"--cases: {', '.join(names)} have no rows of their own on {device}, want --rows as well")
+        parser.error(f"--cases: {', '.join(names)} have no rows of their own on {device}, wanted --rows as well")
     if device == "cpu":
         limit_memory()
 

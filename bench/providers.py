@@ -424,4 +424,4 @@ def find_provider(name: str) -> Provider:
     if base in PROVIDERS and PROVIDERS[base].is_ours and match and int(match[1]) > 0:
         backend = "triton" if base.endswith("triton") else "torch"
         return replace(PROVIDERS[base], name=name, prepare=mind(backend, int(match[1]) * 2**20))
-    raise ValueError(f"given {name!r}, want one of {', '.join(PROVIDERS)}, or mind@64MiB for a budget of its logits")
+    raise ValueError(f"given {name!r}, wanted one of {', '.join(PROVIDERS)}, or mind@64MiB for a budget of its logits")

@@ -63,7 +63,7 @@ def real_states(student: str, num_rows: int, data: str | None) -> States:
         if sum(map(len, labels)) >= num_rows:
             weight = model.get_output_embeddings().weight.detach().float().clone()
             return States(torch.cat(found)[:num_rows].clone(), weight, torch.cat(labels)[:num_rows].clone())
-    raise ValueError(f"{data or 'generated problems'}: {sum(map(len, labels))} supervised tokens, want {num_rows}")
+    raise ValueError(f"{data or 'generated problems'}: {sum(map(len, labels))} supervised tokens, wanted {num_rows}")
 
 
 def gradients(states: States, **options: Any) -> tuple[Tensor, Tensor]:
@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, help="write what was measured as JSON, for bench/results/")
     args = parser.parse_args(arguments)
     if args.rounds < 1:
-        parser.error(f"--rounds: given {args.rounds}, want at least 1")
+        parser.error(f"--rounds: given {args.rounds}, wanted at least 1")
     results = []
 
     def say(text: str) -> None:

@@ -512,7 +512,7 @@ def with_headline(text: str, lines: Sequence[str]) -> str:
     before, first, rest = text.partition(HEADLINE_MARKS[0])
     _, last, after = rest.partition(HEADLINE_MARKS[1])
     if not first or not last:
-        raise ValueError(f"has no place for the headline, want the lines {HEADLINE_MARKS[0]} and {HEADLINE_MARKS[1]}")
+        raise ValueError(f"has no place for the headline, wanted the lines {HEADLINE_MARKS[0]} and {HEADLINE_MARKS[1]}")
     return before + "\n".join([first, "", *lines, last]) + after
 
 
@@ -564,7 +564,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The last run last; those that do not tell their time come first, by name.
     documents.sort(key=lambda document: document["environment"].get("time", ""))
     if not documents:
-        parser.error(f"{RESULTS}: holds no JSON of bench.losses or bench.steps, want some")
+        parser.error(f"{RESULTS}: holds no JSON of bench.losses or bench.steps, wanted some")
     try:
         if args.readme:
             _write(args.readme, with_headline(args.readme.read_text(), headline(documents)))

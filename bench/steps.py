@@ -364,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(args, name) is None:
             setattr(args, name, defaults[device])
         if getattr(args, name) < 1:
-            parser.error(f"--{name}: given {getattr(args, name)}, want a number above 0")
+            parser.error(f"--{name}: given {getattr(args, name)}, wanted a number above 0")
     if args.child:
         print(json.dumps(child(args, device)))
         return 0

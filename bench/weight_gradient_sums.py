@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, help="write what was measured as JSON, for bench/results/")
     args = parser.parse_args(arguments)
     if args.rows < 1 or args.rows % max(CHUNKS):
-        parser.error(f"--rows: given {args.rows}, want a positive multiple of {max(CHUNKS)}")
+        parser.error(f"--rows: given {args.rows}, wanted a positive multiple of {max(CHUNKS)}")
     results = []
     table = Table(title="Error of dW in bf16")
     for heading in ("student", "chunks", *SUMS):

@@ -116,7 +116,7 @@ def load_splits(options: argparse.Namespace) -> Splits:
     ]
     wanted = num_train + options.num_validation
     if len(known) < wanted:
-        raise ValueError(f"--num_train: {options.data} has {len(known)} short questions, want at least {wanted}")
+        raise ValueError(f"--num_train: {options.data} has {len(known)} short questions, wanted at least {wanted}")
     return Splits(
         known[:num_train],
         known[num_train:wanted],
@@ -166,7 +166,7 @@ def run_once(path: Path, settings: Any, run: Callable[[], dict[str, Any]], devic
         given = defaults | json.loads(path.read_text())["settings"]
         if given != wanted:
             other = [key for key in wanted if given.get(key) != wanted[key]]
-            raise ValueError(f"{path}: was run with another {', '.join(other)}, want another folder or the file gone")
+            raise ValueError(f"{path}: was run with another {', '.join(other)}, wanted another folder or the file gone")
         print(f"{path}: done before", flush=True)
         return
     print(f"{path}: running", flush=True)

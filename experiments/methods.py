@@ -164,7 +164,7 @@ def with_perspectives(splits: Splits, names: Sequence[str]) -> Splits:
     for record in splits.train:
         known = perspectives_of([record])
         if not set(names) <= set(known):
-            raise ValueError(f"--perspectives: given {', '.join(names)}, want of {', '.join(known)}")
+            raise ValueError(f"--perspectives: given {', '.join(names)}, wanted of {', '.join(known)}")
         train.append(replace(record, rationales=tuple(r for r in record.rationales if r.perspective in names)))
     return splits._replace(train=train)
 

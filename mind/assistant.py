@@ -57,11 +57,11 @@ class TeachingAssistant(nn.Module):
         }
         for name, size in sizes.items():
             if size < 1:
-                raise ValueError(f"{name}: given {size}, want at least 1")
+                raise ValueError(f"{name}: given {size}, wanted at least 1")
         if hidden_size % num_heads or hidden_size % 2:
-            raise ValueError(f"hidden_size: given {hidden_size}, want a multiple of 2 and of num_heads = {num_heads}")
+            raise ValueError(f"hidden_size: given {hidden_size}, wanted a multiple of 2 and of num_heads = {num_heads}")
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: given {dropout}, want a number in [0, 1)")
+            raise ValueError(f"dropout: given {dropout}, wanted a number in [0, 1)")
         self.options = {**sizes, "dropout": dropout, "attention": attention, "shared_head": shared_head}
         self.num_perspectives, self.num_heads = num_perspectives, num_heads
 
@@ -97,7 +97,7 @@ class TeachingAssistant(nn.Module):
         """
         wanted = (features.shape[0], self.num_perspectives, self.options["feature_dim"])
         if tuple(features.shape) != wanted:
-            raise ValueError(f"features: given shape {tuple(features.shape)}, want (B, {wanted[1]}, {wanted[2]})")
+            raise ValueError(f"features: given shape {tuple(features.shape)}, wanted (B, {wanted[1]}, {wanted[2]})")
         _check_mask(mask, features.shape[:2])
         hidden = self.align(features.masked_fill(~mask[..., None], 0.0))  # (B, K, d)
         if self.qkv is not None and self.attention_output is not None and self.attention_norm is not None:
@@ -126,7 +126,7 @@ def load_assistant(folder: str | os.PathLike[str]) -> tuple[TeachingAssistant, t
     """
     path = os.path.join(folder, ASSISTANT_FILE)
     if not os.path.isfile(path):
-        raise ValueError(f"{os.fspath(folder)}: holds no {ASSISTANT_FILE}, want a folder written by MindTrainer")
+        raise ValueError(f"{os.fspath(folder)}: holds no {ASSISTANT_FILE}, wanted a folder written by MindTrainer")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -162,11 +162,11 @@ def calibration_loss(
     _check_mask(mask, scores.shape)
     if rationale_losses.shape != scores.shape:
         raise ValueError(
-            f"rationale_losses: given shape {tuple(rationale_losses.shape)}, want {tuple(scores.shape)} as scores"
+            f"rationale_losses: given shape {tuple(rationale_losses.shape)}, wanted {tuple(scores.shape)} as scores"
         )
     _check_positive("tau", tau)
     if direction not in ("prediction_first", "target_first"):
-        raise ValueError(f"direction: given {direction!r}, want 'prediction_first' or 'target_first'")
+        raise ValueError(f"direction: given {direction!r}, wanted 'prediction_first' or 'target_first'")
     log_prediction = _masked_log_softmax(scores / tau, mask)
     log_target = _masked_log_softmax(-rationale_losses.detach() / tau, mask)
     if direction == "target_first":
@@ -194,11 +194,11 @@ def select_rationales(
     """
     _check_mask(mask, scores.shape)
     if not 0 <= beta <= 1:
-        raise ValueError(f"beta: given {beta}, want a number in [0, 1]")
+        raise ValueError(f"beta: given {beta}, wanted a number in [0, 1]")
     _check_positive("tau_student", tau_student)
     scores = scores.detach().float()
     if not bool(torch.isfinite(scores[mask]).all()):
-        raise ValueError("scores: given NaN or Inf, want finite numbers")
+        raise ValueError("scores: given NaN or Inf, wanted finite numbers")
     valid_scores = scores.masked_fill(~mask, -torch.inf)
     best = valid_scores.max(-1, keepdim=True).values
     # For a negative maximum the threshold lies above every score: the best is selected all the same.
@@ -237,12 +237,12 @@ def _masked_log_softmax(values: Tensor, mask: Tensor) -> Tensor:
 
 def _check_mask(mask: Tensor, shape: torch.Size) -> None:
     if mask.dtype != torch.bool or mask.shape != shape:
-        raise ValueError(f"mask: given {mask.dtype} {tuple(mask.shape)}, want torch.bool {tuple(shape)}")
+        raise ValueError(f"mask: given {mask.dtype} {tuple(mask.shape)}, wanted torch.bool {tuple(shape)}")
     if not bool(mask.any(-1).all()):
         row = int((~mask.any(-1)).nonzero()[0])
-        raise ValueError(f"mask: question {row} of the batch has no rationale, want at least one")
+        raise ValueError(f"mask: question {row} of the batch has no rationale, wanted at least one")
 
 
 def _check_positive(name: str, value: float) -> None:
     if not value > 0:
-        raise ValueError(f"{name}: given {value}, want a positive number")
+        raise ValueError(f"{name}: given {value}, wanted a positive number")

@@ -52,7 +52,7 @@ class Calibrator:
         Raises: ValueError when the questions have no features.
         """
         if batch.features is None:
-            raise ValueError(f"question {batch.ids[0]!r} has no features, want RationaleEncoder's in its dataset")
+            raise ValueError(f"question {batch.ids[0]!r} has no features, wanted RationaleEncoder's in its dataset")
         return self.assistant.eval()(batch.features, batch.mask)
 
     def warm_up(self, losses: Tensor) -> Iterator[dict[str, float]]:

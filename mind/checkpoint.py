@@ -43,7 +43,7 @@ def read_state(checkpoint: str, wanted: dict[str, Any]) -> dict[str, Any]:
     """
     path = os.path.join(checkpoint, STATE_FILE)
     if not os.path.isfile(path):
-        raise ValueError(f"{checkpoint}: holds no {STATE_FILE}, want a checkpoint written by MindTrainer")
+        raise ValueError(f"{checkpoint}: holds no {STATE_FILE}, wanted a checkpoint written by MindTrainer")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
@@ -52,25 +52,26 @@ def read_state(checkpoint: str, wanted: dict[str, Any]) -> dict[str, Any]:
     if len(given) != len(names):
         raise ValueError(
             f"{checkpoint}: has K = {len(given)} perspectives ({', '.join(given)}), "
-            f"want the data's {len(names)} ({', '.join(names)})"
+            f"wanted the data's {len(names)} ({', '.join(names)})"
         )
     unknown = [name for name in given if name not in names]
     if unknown:
         raise ValueError(f"{checkpoint}: perspective {unknown[0]!r} is unknown, the data has {', '.join(names)}")
     if given != names:
-        raise ValueError(f"{checkpoint}: orders its perspectives {', '.join(given)}, want {', '.join(names)}")
+        raise ValueError(f"{checkpoint}: orders its perspectives {', '.join(given)}, wanted {', '.join(names)}")
     if state["method"] != wanted["method"]:
-        raise ValueError(f"{checkpoint}: was trained with method {state['method']!r}, want {wanted['method']!r}")
+        raise ValueError(f"{checkpoint}: was trained with method {state['method']!r}, wanted {wanted['method']!r}")
     if state.get("lora_r") != wanted["lora_r"]:
         given, now = ("no LoRA" if r is None else f"LoRA of rank {r}" for r in (state.get("lora_r"), wanted["lora_r"]))
-        raise ValueError(f"{checkpoint}: was trained with {given}, want {now} as use_lora and lora_r say")
+        raise ValueError(f"{checkpoint}: was trained with {given}, wanted {now} as use_lora and lora_r say")
     if state["question_ids"] != wanted["question_ids"]:
         count = len(state["question_ids"])
-        raise ValueError(f"{checkpoint}: was trained on {count} other questions, want those of train_dataset")
+        raise ValueError(f"{checkpoint}: was trained on {count} other questions, wanted those of train_dataset")
     suffix = state.get("answer_suffix", wanted["answer_suffix"])  # which early checkpoints lack
     if suffix != wanted["answer_suffix"]:
         raise ValueError(
-            f"{checkpoint}: was trained with answer_suffix {suffix!r}, want train_dataset's {wanted['answer_suffix']!r}"
+            f"{checkpoint}: was trained with answer_suffix {suffix!r}, "
+            f"wanted train_dataset's {wanted['answer_suffix']!r}"
         )
     return state
 

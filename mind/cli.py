@@ -106,15 +106,15 @@ class RunArguments:
     def __post_init__(self) -> None:
         for name, least in (("num_questions", 1), ("num_heldout", 0), ("num_measured", 1), ("max_new_tokens", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name}: given {getattr(self, name)}, want at least {least}")
+                raise ValueError(f"{name}: given {getattr(self, name)}, wanted at least {least}")
         if not 0 < self.max_difficulty <= 1:
-            raise ValueError(f"max_difficulty: given {self.max_difficulty}, want a number in (0, 1]")
+            raise ValueError(f"max_difficulty: given {self.max_difficulty}, wanted a number in (0, 1]")
         if self.teacher is not None and self.teacher_topk is not None:
-            raise ValueError("teacher_topk: given beside teacher, want one of the two")
+            raise ValueError("teacher_topk: given beside teacher, wanted one of the two")
         if self.attn_implementation is not None and self.attn_implementation.startswith("mind_"):
             # What mind.prompt_attention calls its own, of which it chooses.
             raise ValueError(
-                f"attn_implementation: given {self.attn_implementation!r}, want eager, sdpa, flash_attention_2 or "
+                f"attn_implementation: given {self.attn_implementation!r}, wanted eager, sdpa, flash_attention_2 or "
                 "another of transformers'"
             )
 
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             report(rest)
         else:
-            raise UsageError(f"given command {command!r}, want train, problems, generate, evaluate or report")
+            raise UsageError(f"given command {command!r}, wanted train, problems, generate, evaluate or report")
     except (ValueError, TypeError) as error:
         if not _is_ours(error):
             raise
@@ -176,7 +176,7 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
     try:
         run, config = parser.parse_dict(values)
     except json.JSONDecodeError as error:  # of a mapping, which TrainingArguments reads
-        raise UsageError(f"given {error.doc!r}, want JSON: {error}") from error
+        raise UsageError(f"given {error.doc!r}, wanted JSON: {error}") from error
     except (ValueError, TypeError, ImportError, OSError) as error:  # of MindConfig and TrainingArguments beneath it
         raise UsageError(str(error)) from error
     return run, config
@@ -225,7 +225,7 @@ def seed(text: str) -> int:
     """The type of a --seed: what every random generator takes."""
     value = int(text)
     if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"given {value}, want 0 to {2**32 - 1}")
+        raise argparse.ArgumentTypeError(f"given {value}, wanted 0 to {2**32 - 1}")
     return value
 
 
@@ -277,7 +277,7 @@ def _read_yaml(parser: argparse.ArgumentParser, path: str, namespace: argparse.N
     if root is None:
         return
     if not isinstance(root, yaml.MappingNode):
-        raise UsageError(f"--config: {path} holds no mapping, want lines of the form setting: value")
+        raise UsageError(f"--config: {path} holds no mapping, wanted lines of the form setting: value")
     settings = (action for action in parser._actions if isinstance(action, argparse._StoreAction))
     actions = {action.dest: action for action in settings if action.dest != "config"}
     seen: set[str] = set()
@@ -286,22 +286,22 @@ def _read_yaml(parser: argparse.ArgumentParser, path: str, namespace: argparse.N
         if name not in actions:
             if "api_key_env" in actions and "key" in name.lower():
                 raise UsageError(
-                    f"{place}: {name!r}: a key does not belong in a file, want it in the environment variable that "
+                    f"{place}: {name!r}: a key does not belong in a file, wanted it in the environment variable that "
                     "api_key_env names"
                 )
             near = difflib.get_close_matches(name, actions, n=1)
             hint = f", did you mean {near[0]!r}?" if near else f", see {parser.prog} --help"
             raise UsageError(f"{place}: {name!r} is not a setting{hint}")
         if name in seen:
-            raise UsageError(f"{place}: {name!r} stands twice in this file, want it once")
+            raise UsageError(f"{place}: {name!r} stands twice in this file, wanted it once")
         seen.add(name)
         if value.tag == "tag:yaml.org,2002:null":
             if not _may_be_none(parser, actions[name]):
-                raise UsageError(f"{place}: {name}: given null, want a value")
+                raise UsageError(f"{place}: {name}: given null, wanted a value")
             setattr(namespace, name, None)
             continue
         if isinstance(value, yaml.SequenceNode) and actions[name].nargs in (None, "?"):
-            raise UsageError(f"{place}: {name}: given a list, want one value")
+            raise UsageError(f"{place}: {name}: given a list, wanted one value")
         try:
             parsed = parser.parse_args(_as_flag(actions[name].option_strings[0], value))
         except UsageError as error:

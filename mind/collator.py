@@ -115,11 +115,11 @@ def student_inputs(questions: Sequence[EncodedQuestion], selected: Tensor, pad_t
     if selected.dtype != torch.bool or tuple(selected.shape) != (len(questions), num_perspectives):
         raise ValueError(
             f"selected: given {selected.dtype} {tuple(selected.shape)}, "
-            f"want torch.bool {(len(questions), num_perspectives)}"
+            f"wanted torch.bool {(len(questions), num_perspectives)}"
         )
     chosen = [(b, k) for b, k in selected.nonzero().tolist()]
     if not chosen:
-        raise ValueError("selected: nothing is selected, want at least one rationale")
+        raise ValueError("selected: nothing is selected, wanted at least one rationale")
     for b, k in chosen:
         if not questions[b].target_ids[k]:
             raise ValueError(f"selected: question {questions[b].id!r} has no rationale at perspective {k}")

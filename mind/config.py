@@ -284,13 +284,13 @@ class MindConfig(TrainingArguments):
         ):
             option = getattr(self.accelerator_config, name)
             if bool(option) != bool(value):
-                raise ValueError(f"accelerator_config: given {name} = {option!r}, want {value!r}: {reason}")
+                raise ValueError(f"accelerator_config: given {name} = {option!r}, wanted {value!r}: {reason}")
         # transformers uses Flyte and Azure where they are named, but does not tell whether they are installed.
         loggers = [*get_available_reporting_integrations(), "azure_ml", "flyte"]
         for name in self.report_to or ():
             if name not in loggers:
                 wanted = ", ".join(loggers[:-2]) or "nothing"
-                raise ValueError(f"report_to: given {name!r}, want none, all or what is installed: {wanted}")
+                raise ValueError(f"report_to: given {name!r}, wanted none, all or what is installed: {wanted}")
         if self.torch_compile:
             assert self.torch_compile_backend is not None  # TrainingArguments has set it
             backends = {item.value.lower() for item in DynamoBackend} & {"no", *list_backends(exclude_tags=())}
@@ -304,7 +304,7 @@ class MindConfig(TrainingArguments):
 
     def _want(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
-            raise ValueError(f"{name}: given {getattr(self, name)!r}, want {wanted}")
+            raise ValueError(f"{name}: given {getattr(self, name)!r}, wanted {wanted}")
 
     @property
     def uses_assistant(self) -> bool:

@@ -83,11 +83,11 @@ def load_records(
     for place, row in rows:
         record = _record(row, place, require_rationales)
         if record.id in places:
-            raise DataError(f"{place}: id: {record.id!r} is already used at {places[record.id]}, want unique ids")
+            raise DataError(f"{place}: id: {record.id!r} is already used at {places[record.id]}, wanted unique ids")
         places[record.id] = place
         records.append(record)
     if not records:
-        raise DataError(f"{name}: no records, want at least one")
+        raise DataError(f"{name}: no records, wanted at least one")
     return records
 
 
@@ -99,7 +99,7 @@ def check_answer(record: Record, prompt_format: PromptFormat) -> None:
     read = prompt_format.extract_answer(suffix.replace(ANSWER, record.answer))
     if not answers_match(read, record.answer):
         raise DataError(
-            f"question {record.id!r}: answer {record.answer!r} is read back as {read!r} from {suffix!r}, want it on "
+            f"question {record.id!r}: answer {record.answer!r} is read back as {read!r} from {suffix!r}, wanted it on "
             "one line, and another answer_suffix where it holds what ends this one"
         )
 
@@ -129,7 +129,7 @@ def _read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise DataError(f"{place}: byte {error.start} is not UTF-8, want a UTF-8 file") from error
+                raise DataError(f"{place}: byte {error.start} is not UTF-8, wanted a UTF-8 file") from error
             if not text.strip():
                 continue
             try:
@@ -178,7 +178,7 @@ def _single_split(dataset: Any, name: str) -> Any:
     if not isinstance(dataset, Mapping):
         return dataset
     if "train" not in dataset:
-        raise DataError(f'{name}: has the splits {", ".join(map(str, dataset))}, want one called "train"')
+        raise DataError(f'{name}: has the splits {", ".join(map(str, dataset))}, wanted one called "train"')
     return dataset["train"]
 
 
@@ -192,35 +192,35 @@ def _one_line(error: Exception) -> str:
 
 def _record(row: Any, place: str, require_rationales: bool) -> Record:
     if not isinstance(row, Mapping):
-        raise DataError(f"{place}: want an object with the fields of a record, got {_type(row)}")
+        raise DataError(f"{place}: wanted an object with the fields of a record, got {_type(row)}")
     question_id, question, answer = (_text(row, field, f"{place}: ") for field in ("id", "question", "answer"))
     rationales: list[Rationale] = []
     items = row.get("rationales")
     if items is None and not require_rationales:
         items = []
     elif items is None:
-        raise DataError(f"{place}: rationales: the field is missing, want a list")
+        raise DataError(f"{place}: rationales: the field is missing, wanted a list")
     elif not isinstance(items, list):
-        raise DataError(f"{place}: rationales: want a list, got {_type(items)}")
+        raise DataError(f"{place}: rationales: wanted a list, got {_type(items)}")
     for i, item in enumerate(items):
         within = f"{place}: rationales[{i}]"
         if not isinstance(item, Mapping):
-            raise DataError(f"{within}: want an object with perspective, text and answer, got {_type(item)}")
+            raise DataError(f"{within}: wanted an object with perspective, text and answer, got {_type(item)}")
         rationale = Rationale(*(_text(item, field, f"{within}.") for field in ("perspective", "text", "answer")))
         if any(rationale.perspective == other.perspective for other in rationales):
             raise DataError(
-                f"{within}.perspective: {rationale.perspective!r} occurs twice in question {question_id!r}, want once"
+                f"{within}.perspective: {rationale.perspective!r} occurs twice in question {question_id!r}, wanted once"
             )
         if rationale.answer != answer and not answers_match(rationale.answer, answer):
             raise DataError(f"{within}.answer: {rationale.answer!r} is not the question's answer {answer!r}")
         rationales.append(rationale)
     if require_rationales and not rationales:
-        raise DataError(f"{place}: rationales: question {question_id!r} has no rationale, want at least one")
+        raise DataError(f"{place}: rationales: question {question_id!r} has no rationale, wanted at least one")
     difficulty = row.get("difficulty")
     if difficulty is not None and (isinstance(difficulty, bool) or not isinstance(difficulty, int | float)):
-        raise DataError(f"{place}: difficulty: want a number, got {_type(difficulty)}")
+        raise DataError(f"{place}: difficulty: wanted a number, got {_type(difficulty)}")
     if isinstance(difficulty, float) and not math.isfinite(difficulty):  # a whole number may be beyond any float
-        raise DataError(f"{place}: difficulty: want a finite number, got {difficulty}")
+        raise DataError(f"{place}: difficulty: wanted a finite number, got {difficulty}")
     source = _text(row, "source", f"{place}: ") if row.get("source") is not None else None
     return Record(question_id, question, answer, tuple(rationales), difficulty, source)
 
@@ -229,15 +229,17 @@ def _text(row: Mapping[str, Any], field: str, prefix: str) -> str:
     """A field that must hold text. prefix: what stands before the field's name in a message."""
     value = row.get(field)
     if value is None:
-        raise DataError(f"{prefix}{field}: the field is missing, want a string")
+        raise DataError(f"{prefix}{field}: the field is missing, wanted a string")
     if not isinstance(value, str):
-        raise DataError(f"{prefix}{field}: want a string, got {_type(value)}")
+        raise DataError(f"{prefix}{field}: wanted a string, got {_type(value)}")
     if not value.strip():
-        raise DataError(f"{prefix}{field}: is empty, want text")
+        raise DataError(f"{prefix}{field}: is empty, wanted text")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # "\ud800" in JSON: half a character
-        raise DataError(f"{prefix}{field}: character {error.start} is a lone surrogate, want valid Unicode") from error
+        raise DataError(
+            f"{prefix}{field}: character {error.start} is a lone surrogate, wanted valid Unicode"
+        ) from error
     return value
 
 
@@ -300,7 +302,7 @@ def encode_record(
     for name in by_perspective:
         if name not in perspectives:
             known = ", ".join(perspectives)
-            raise DataError(f"question {record.id!r}: perspective {name!r} is unknown, want one of {known}")
+            raise DataError(f"question {record.id!r}: perspective {name!r} is unknown, wanted one of {known}")
     prompt_ids = tuple(prompt_format.prompt_ids(tokenizer, record.question))
     suffix_ids = tuple(prompt_format.suffix_ids(tokenizer, record.answer))
     target_ids: list[tuple[int, ...]] = []
@@ -314,7 +316,7 @@ def encode_record(
         if length > max_length:
             raise DataError(
                 f"question {record.id!r}: perspective {name!r} takes {length} tokens, "
-                f"want at most max_length = {max_length}: shorten it or raise max_length"
+                f"wanted at most max_length = {max_length}: shorten it or raise max_length"
             )
     return EncodedQuestion(record.id, prompt_ids, tuple(target_ids), len(suffix_ids))
 
@@ -345,12 +347,12 @@ class MindDataset(Dataset[EncodedQuestion]):
         self.feature_dim = None if features is None else features.shape[-1]
         wanted = (len(records), len(self.perspectives))
         if features is not None and (features.ndim != 3 or tuple(features.shape[:2]) != wanted):
-            raise ValueError(f"features: given shape {tuple(features.shape)}, want ({wanted[0]}, {wanted[1]}, D)")
+            raise ValueError(f"features: given shape {tuple(features.shape)}, wanted ({wanted[0]}, {wanted[1]}, D)")
         self.questions: list[EncodedQuestion] = []
         for i, record in enumerate(tqdm(records, desc="tokenising", unit="question", disable=not progress)):
             question = encode_record(record, tokenizer, self.perspectives, self.prompt_format, max_length)
             if not any(question.mask):
-                raise DataError(f"question {record.id!r} has no rationale, want at least one")
+                raise DataError(f"question {record.id!r} has no rationale, wanted at least one")
             row = None if features is None else features[i].detach().to(device="cpu", dtype=torch.float32)
             self.questions.append(replace(question, index=i, features=row))
 

@@ -185,7 +185,9 @@ class RationaleEncoder:
         # BERT's pooler is not used
         absent = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
         if absent:
-            raise ValueError(f"encoder {self.name!r} lacks {len(absent)} weights, the first is {absent[0]!r}, want all")
+            raise ValueError(
+                f"encoder {self.name!r} lacks {len(absent)} weights, the first is {absent[0]!r}, wanted all"
+            )
         return model.to(self.device).eval().requires_grad_(False)
 
     @contextmanager
@@ -197,7 +199,7 @@ class RationaleEncoder:
                 yield cache
         except (OSError, sqlite3.DatabaseError) as error:
             raise ValueError(
-                f"feature cache {self.cache_file}: {error}; want an SQLite file that can be read and written"
+                f"feature cache {self.cache_file}: {error}; wanted an SQLite file that can be read and written"
             ) from error
 
 
@@ -234,7 +236,7 @@ def _find_folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
     except (OSError, ValueError) as error:  # Hugging Face Hub's own errors are among them
         raise ValueError(
-            f"encoder {name!r} cannot be found: want {' or '.join(BUILTIN_ENCODERS)}, a folder or a hub id "
+            f"encoder {name!r} cannot be found: wanted {' or '.join(BUILTIN_ENCODERS)}, a folder or a hub id "
             f"({_one_line(error)})"
         ) from error
 
@@ -246,7 +248,9 @@ def _read_pipeline(name: str, folder: Path) -> tuple[str, bool]:
     modules = {module["type"].rpartition(".")[2]: module["path"] for module in _read_json(folder / "modules.json")}
     unknown = sorted(set(modules) - {"Transformer", "Pooling", "Normalize"})
     if unknown or "Pooling" not in modules:
-        raise ValueError(f"encoder {name!r}: pipeline {list(modules)}, want Transformer, Pooling and perhaps Normalize")
+        raise ValueError(
+            f"encoder {name!r}: pipeline {list(modules)}, wanted Transformer, Pooling and perhaps Normalize"
+        )
     config = _read_json(folder / modules["Pooling"] / "config.json")
     # {"pooling_mode": "mean"} today, {"pooling_mode_mean_tokens": true, …: false} before
     modes = [key for key, value in config.items() if key.startswith("pooling_mode_") and value]
@@ -254,7 +258,7 @@ def _read_pipeline(name: str, folder: Path) -> tuple[str, bool]:
     for pooling in ("mean", "cls"):
         if mode in (pooling, f"pooling_mode_{pooling}_token", f"pooling_mode_{pooling}_tokens"):
             return pooling, "Normalize" in modules
-    raise ValueError(f"encoder {name!r}: pooling {mode!r}, want mean or cls")
+    raise ValueError(f"encoder {name!r}: pooling {mode!r}, wanted mean or cls")
 
 
 def _read_window(folder: Path, *limits: int) -> int:

@@ -54,7 +54,7 @@ def measure_accuracy(
         model's positions, or a record's answer cannot be read back (`mind.data.check_answer`).
     """
     if not records:
-        raise ValueError("records is empty, want at least one question to measure accuracy on")
+        raise ValueError("records is empty, wanted at least one question to measure accuracy on")
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

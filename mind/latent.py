@@ -94,10 +94,10 @@ def analyse(
     """
     _require_scikit_learn()
     if len(students) < 2:
-        raise ValueError(f"latent: given {len(students)} student, want at least two, one for each perspective")
+        raise ValueError(f"latent: given {len(students)} student, wanted at least two, one for each perspective")
     if len(students) * len(records) < MIN_ANSWERS:
         raise ValueError(
-            f"latent: {len(students)} students × {len(records)} questions, want at least {MIN_ANSWERS} answers"
+            f"latent: {len(students)} students × {len(records)} questions, wanted at least {MIN_ANSWERS} answers"
         )
     # Now, not when the students before it have answered.
     sizes = {name: load_student(source)[0].config.get_text_config().hidden_size for name, source in students.items()}
@@ -105,8 +105,8 @@ def analyse(
     for name, size in sizes.items():
         if size != first:
             raise ValueError(
-                f"latent: the student of {name} has the hidden size {size}, the first one's is {first}, want students "
-                "of one model"
+                f"latent: the student of {name} has the hidden size {size}, the first one's is {first}, "
+                "wanted students of one model"
             )
     states: list[Tensor] = []
     for source in students.values():
@@ -178,7 +178,7 @@ def cluster(states: np.ndarray, labels: np.ndarray, perspectives: tuple[str, ...
     """
     _require_scikit_learn()
     if not np.isfinite(states).all() or (states == states[0]).all():
-        raise ValueError("latent: the answers' states are all the same, or NaN or Inf, want states that differ")
+        raise ValueError("latent: the answers' states are all the same, or NaN or Inf, wanted states that differ")
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
     from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score

@@ -131,7 +131,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
             if tokenizer.decode([token_id], skip_special_tokens=True) == "" != tokenizer.decode([token_id]):
                 return token_id
     if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer has no EOS token and its chat template ends no turn, want one of the two")
+        raise ValueError("tokenizer has no EOS token and its chat template ends no turn, wanted one of the two")
     return tokenizer.eos_token_id
 
 
@@ -146,7 +146,7 @@ def _continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int
         ids = tokenizer(before + text, add_special_tokens=False, split_special_tokens=True).input_ids
         if ids[: len(anchor)] == anchor:
             return ids[len(anchor) :]
-    raise ValueError(f"tokenizer merges {text!r} with a line break and with a question mark, want one that does not")
+    raise ValueError(f"tokenizer merges {text!r} with a line break and with a question mark, wanted one that does not")
 
 
 def _up_to(line: str, closing: str) -> str:

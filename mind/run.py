@@ -136,24 +136,24 @@ def _open_output(config: MindConfig) -> str | None:
     """
     folder, resume = config.output_dir, config.resume_from_checkpoint
     if os.path.exists(folder) and not os.path.isdir(folder):
-        raise ValueError(f"output_dir: {folder} is a file, want a new or empty folder")
+        raise ValueError(f"output_dir: {folder} is a file, wanted a new or empty folder")
     above = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
     if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
-        raise ValueError(f"output_dir: {folder}: {above} is no folder that can be written to, want one")
+        raise ValueError(f"output_dir: {folder}: {above} is no folder that can be written to, wanted one")
     if resume is None or resume.lower() == "false":
         if config.should_save and os.path.isdir(folder) and os.listdir(folder):
             raise ValueError(
-                f"output_dir: {folder} is not empty, want a new or empty folder, "
+                f"output_dir: {folder} is not empty, wanted a new or empty folder, "
                 "or --resume_from_checkpoint true to go on with the run in it"
             )
         return None
     if resume.lower() == "true":
         checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
         if checkpoint is None:
-            raise ValueError(f"resume_from_checkpoint: {folder} holds no whole checkpoint, want one")
+            raise ValueError(f"resume_from_checkpoint: {folder} holds no whole checkpoint, wanted one")
         return checkpoint
     if not os.path.isdir(resume):
-        raise ValueError(f"resume_from_checkpoint: {resume} is no folder, want a checkpoint or true")
+        raise ValueError(f"resume_from_checkpoint: {resume} is no folder, wanted a checkpoint or true")
     return os.path.abspath(resume)
 
 
@@ -173,7 +173,7 @@ def _read_data(run: RunArguments, config: MindConfig) -> tuple[list[Record], lis
     else:
         if len(records) <= run.num_heldout:
             raise DataError(
-                f"{run.data}: has {len(records)} questions, want more than num_heldout = {run.num_heldout} that are "
+                f"{run.data}: has {len(records)} questions, wanted more than num_heldout = {run.num_heldout} that are "
                 "split off: lower it, or give --heldout"
             )
         chosen = set(random.Random(seed).sample(range(len(records)), run.num_heldout))
@@ -191,7 +191,7 @@ def _read_data(run: RunArguments, config: MindConfig) -> tuple[list[Record], lis
         if record.question in seen:
             raise DataError(
                 f"{run.heldout or run.data}: held-out question {record.id!r} is training question "
-                f"{seen[record.question]!r}, want others"
+                f"{seen[record.question]!r}, wanted others"
             )
     return records, heldout
 
@@ -204,7 +204,7 @@ def _generate(count: int, max_difficulty: float, seed: int, split: str) -> list[
         if len(rows) >= count:
             return load_records(rows[:count])
     raise ValueError(
-        f"max_difficulty: given {max_difficulty}, which fewer than 1 in 64 questions meet, want a larger one"
+        f"max_difficulty: given {max_difficulty}, which fewer than 1 in 64 questions meet, wanted a larger one"
     )
 
 
@@ -265,16 +265,16 @@ def _read_before(
         if given != [record.id for record in heldout]:
             raise ValueError(
                 f"{path}: tells the accuracy on {len(given)} other held-out questions, "
-                f"want the {len(heldout)} of this run"
+                f"wanted the {len(heldout)} of this run"
             )
         if metrics.get("measured_on") != measured_on:
             raise ValueError(
-                f"{path}: tells the losses on {metrics.get('measured_on')}, want those of this run on {measured_on}"
+                f"{path}: tells the losses on {metrics.get('measured_on')}, wanted those of this run on {measured_on}"
             )
         longest = metrics.get("max_new_tokens", max_new_tokens)  # which early metrics lack
         if heldout and longest != max_new_tokens:
             raise ValueError(
-                f"{path}: tells the accuracy with max_new_tokens = {longest}, want this run's {max_new_tokens}"
+                f"{path}: tells the accuracy with max_new_tokens = {longest}, wanted this run's {max_new_tokens}"
             )
     return metrics
 

@@ -83,15 +83,15 @@ def load_student(
         reason = " ".join(str(error).split())[:300]
         given = "" if attn_implementation is None else f" with attn_implementation {attn_implementation!r}"
         raise ValueError(
-            f"{role} {name!r} cannot be loaded{given}: want {' or '.join(BUILTIN_STUDENTS)}, a Hugging Face causal LM "
-            f"folder or a hub id ({type(error).__name__}: {reason})"
+            f"{role} {name!r} cannot be loaded{given}: wanted {' or '.join(BUILTIN_STUDENTS)}, "
+            f"a Hugging Face causal LM folder or a hub id ({type(error).__name__}: {reason})"
         ) from error
     model, report = loaded
     absent = sorted(report["missing_keys"])
     if absent:
         raise ValueError(
             f"{role} {name!r} lacks {len(absent)} weights of {type(model).__name__}, the first is {absent[0]!r}, "
-            "want a whole causal LM"
+            "wanted a whole causal LM"
         )
     _set_pad_token(role, name, model, tokenizer)
     return model, tokenizer
@@ -106,7 +106,7 @@ def student_source(name: str, cache_dir: str | os.PathLike[str] | None = None, r
     if os.sep in name[:1] + name[-1:] or name.startswith((".", "~")) or os.path.exists(source):
         source = os.path.expanduser(source)
         if not os.path.isdir(source):
-            raise ValueError(f"{role} {name!r}: no such folder, want a folder saved by save_pretrained")
+            raise ValueError(f"{role} {name!r}: no such folder, wanted a folder saved by save_pretrained")
     return source
 
 
@@ -181,7 +181,7 @@ def _set_pad_token(role: str, name: str, model: PreTrainedModel, tokenizer: PreT
     rows = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"{role} {name!r}: its tokenizer has neither a pad token nor an EOS token, want one")
+            raise ValueError(f"{role} {name!r}: its tokenizer has neither a pad token nor an EOS token, wanted one")
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.generation_config is not None:

@@ -77,20 +77,20 @@ class MindTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ) -> None:
         if not isinstance(model, PreTrainedModel | PeftModel):
-            raise TypeError(f"model: given {type(model).__name__}, want PreTrainedModel, as load_student gives")
+            raise TypeError(f"model: given {type(model).__name__}, wanted PreTrainedModel, as load_student gives")
         if model.get_output_embeddings() is None:
-            raise ValueError(f"model: {type(model).__name__} has no output embeddings, want a causal language model")
+            raise ValueError(f"model: {type(model).__name__} has no output embeddings, wanted a causal language model")
         if not isinstance(args, MindConfig):
-            raise TypeError(f"args: given {type(args).__name__}, want MindConfig")
+            raise TypeError(f"args: given {type(args).__name__}, wanted MindConfig")
         if not isinstance(train_dataset, MindDataset):
-            raise TypeError(f"train_dataset: given {type(train_dataset).__name__}, want MindDataset")
+            raise TypeError(f"train_dataset: given {type(train_dataset).__name__}, wanted MindDataset")
         if args.n_gpu > 1:
-            raise ValueError(f"given {args.n_gpu} GPUs in one process, want one process a GPU: launch with torchrun")
+            raise ValueError(f"given {args.n_gpu} GPUs in one process, wanted one process a GPU: launch with torchrun")
         _check_dataset(train_dataset, args, model)
         if not (args.bf16 or args.fp16) and needs_autocast(model.get_decoder()):
             raise ValueError(
                 "bf16: given False with a student in fp32 and attn_implementation flash_attention_2, "
-                "want bf16 or fp16: FlashAttention has no fp32"
+                "wanted bf16 or fp16: FlashAttention has no fp32"
             )
         super().__init__(
             model=_with_lora(model, args) if args.use_lora else model,
@@ -103,7 +103,7 @@ class MindTrainer(Trainer):
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # asked for by accelerate's launcher
             given = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
-            raise ValueError(f"given {given}, want one whole student a rank, as torchrun gives: {SHARDING}")
+            raise ValueError(f"given {given}, wanted one whole student a rank, as torchrun gives: {SHARDING}")
         self.model_accepts_loss_kwargs = True  # the same, for a Trainer that does not know loss_is_scaled_for_ga
         self.add_callback(_StepCallback(self))
         self.perspectives = train_dataset.perspectives
@@ -126,7 +126,7 @@ class MindTrainer(Trainer):
     def _make_calibrator(self, assistant: TeachingAssistant | None) -> Calibrator:
         feature_dim, args = self.train_dataset.feature_dim, self.args
         if feature_dim is None:
-            raise ValueError(f"train_dataset: has no features, want RationaleEncoder's for method {args.method!r}")
+            raise ValueError(f"train_dataset: has no features, wanted RationaleEncoder's for method {args.method!r}")
         if assistant is None:
             assistant = TeachingAssistant(
                 feature_dim,
@@ -143,18 +143,18 @@ class MindTrainer(Trainer):
         """The teacher's base model, head, scale and cap; its forward stays as it is. Stored ones are as given."""
         given, weight = ("none" if teacher is None else "one"), self.args.kl_weight
         if (teacher is not None) != (weight > 0):
-            raise ValueError(f"teacher: given {given} with kl_weight = {weight}, want one exactly when it is above 0")
+            raise ValueError(f"teacher: given {given} with kl_weight = {weight}, wanted one exactly when it is above 0")
         if teacher is None or isinstance(teacher, TopKTeacher):
             return teacher
         if not isinstance(teacher, PreTrainedModel | PeftModel):
-            raise TypeError(f"teacher: given {type(teacher).__name__}, want PreTrainedModel or TopKTeacher")
+            raise TypeError(f"teacher: given {type(teacher).__name__}, wanted PreTrainedModel or TopKTeacher")
         attachment = attach_mind_loss(nn.Module.to(teacher, self.args.device).eval())
         attachment.detach()
         if self.args.share_prompt:
             attachment.check_shared_prompts()
         given_size, wanted_size = attachment.head.out_features, self.model.get_output_embeddings().out_features
         if given_size != wanted_size:
-            raise ValueError(f"teacher: has {given_size} tokens in its vocabulary, want the student's {wanted_size}")
+            raise ValueError(f"teacher: has {given_size} tokens in its vocabulary, wanted the student's {wanted_size}")
         return attachment
 
     def _check_optimizer(self) -> None:
@@ -361,7 +361,7 @@ class MindTrainer(Trainer):
                 self._check_finite(feedback.batch, feedback.losses.cpu(), feedback.measured)
             ids = ", ".join(repr(name) for feedback in self._since_step for name in feedback.batch.ids)
             step = self.state.global_step + 1
-            raise ValueError(f"step {step}: the gradient norm is {norm}, want a finite number; questions {ids}")
+            raise ValueError(f"step {step}: the gradient norm is {norm}, wanted a finite number; questions {ids}")
         return grad_norm
 
     def _check_finite(self, batch: QuestionBatch, losses: Tensor, measured: Tensor) -> None:
@@ -370,7 +370,7 @@ class MindTrainer(Trainer):
         if bool(wrong.any()):
             ids = ", ".join(repr(name) for name, row in zip(batch.ids, wrong, strict=True) if bool(row.any()))
             step, value = self.state.global_step + 1, losses[wrong][0].item()
-            raise ValueError(f"step {step}: the student's loss is {value}, want a finite number; questions {ids}")
+            raise ValueError(f"step {step}: the student's loss is {value}, wanted a finite number; questions {ids}")
 
     def _learn_from_feedback(self) -> None:
         """Just before the student's optimiser steps: the assistant gets this step's losses of all ranks."""
@@ -415,7 +415,9 @@ class MindTrainer(Trainer):
         if resume_from_checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
             if checkpoint is None:
-                raise ValueError(f"resume_from_checkpoint: {self.args.output_dir} holds no whole checkpoint, want one")
+                raise ValueError(
+                    f"resume_from_checkpoint: {self.args.output_dir} holds no whole checkpoint, wanted one"
+                )
         elif resume_from_checkpoint:
             checkpoint = os.fspath(resume_from_checkpoint)
         self._resumed = checkpoint is not None
@@ -504,7 +506,7 @@ class MindTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Raises: TypeError: Trainer's loop reads columns, and batches are questions."""
         raise TypeError(
-            f"{type(self).__name__}: given a data set to evaluate or predict, want measure_losses(dataset) for the "
+            f"{type(self).__name__}: given a data set to evaluate or predict, wanted measure_losses(dataset) for the "
             "losses on its rationales, or mind.evaluation.measure_accuracy for what the student answers"
         )
 
@@ -513,7 +515,7 @@ class MindTrainer(Trainer):
     def score(self, dataset: MindDataset | None = None) -> Tensor:
         """The assistant's scores (num_questions, K) of a dataset with features, 0 where there is no rationale."""
         if self.calibrator is None:
-            raise ValueError(f"method {self.args.method!r} has no teaching assistant, want one of those that do")
+            raise ValueError(f"method {self.args.method!r} has no teaching assistant, wanted one of those that do")
         dataset = self.train_dataset if dataset is None else dataset
         batches = (collate(dataset.questions[i : i + 256]) for i in range(0, len(dataset), 256))
         return torch.cat([self.calibrator.scores(batch) for batch in batches])
@@ -621,7 +623,7 @@ class MindTrainer(Trainer):
         for name, wanted in self.calibrator.assistant.options.items():
             if assistant.options[name] != wanted:
                 given = assistant.options[name]
-                raise ValueError(f"{checkpoint}: its teaching assistant has {name} = {given}, want {wanted}")
+                raise ValueError(f"{checkpoint}: its teaching assistant has {name} = {given}, wanted {wanted}")
         self.calibrator.assistant.load_state_dict(assistant.state_dict())
         self.calibrator.load_state_dict(state["calibrator"])
 
@@ -647,27 +649,27 @@ def _read(attachment: MindAttachment, batch: dict[str, Any]) -> Tensor:
 
 def _check_dataset(dataset: MindDataset, args: MindConfig, model: PreTrainedModel) -> None:
     if len(dataset) == 0:
-        raise ValueError("train_dataset: has no questions, want at least one")
+        raise ValueError("train_dataset: has no questions, wanted at least one")
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and len(dataset) < batch:
         raise ValueError(
             f"dataloader_drop_last: given {len(dataset)} questions and batches of {batch}, which leaves no batch, "
-            "want a smaller per_device_train_batch_size"
+            "wanted a smaller per_device_train_batch_size"
         )
     golden = args.golden_perspective
     if golden is not None:
         if golden not in dataset.perspectives:
-            raise ValueError(f"golden_perspective: given {golden!r}, want one of {', '.join(dataset.perspectives)}")
+            raise ValueError(f"golden_perspective: given {golden!r}, wanted one of {', '.join(dataset.perspectives)}")
         k = dataset.perspectives.index(golden)
         missing = [question.id for question in dataset.questions if not question.mask[k]]
         if missing and args.method == "single_path":
-            raise ValueError(f"golden_perspective: question {missing[0]!r} has no {golden!r}, want one in each")
+            raise ValueError(f"golden_perspective: question {missing[0]!r} has no {golden!r}, wanted one in each")
     vocab_size = model.get_output_embeddings().weight.shape[0]
     for question in dataset.questions:
         largest = max(max(ids) for ids in (question.prompt_ids, *question.target_ids) if ids)
         if largest >= vocab_size:
             raise ValueError(
-                f"train_dataset: token {largest} in question {question.id!r}, want tokens below the student's "
+                f"train_dataset: token {largest} in question {question.id!r}, wanted tokens below the student's "
                 f"vocabulary of {vocab_size}: is this its tokenizer?"
             )
     _check_lengths(dataset, model)
@@ -678,7 +680,7 @@ def _check_lengths(dataset: MindDataset, model: PreTrainedModel) -> None:
     for question in dataset.questions:
         if positions is not None and max(question.lengths) > positions:
             raise ValueError(
-                f"question {question.id!r} takes {max(question.lengths)} tokens, want at most the student's "
+                f"question {question.id!r} takes {max(question.lengths)} tokens, wanted at most the student's "
                 f"{positions} positions: shorten it"
             )
 

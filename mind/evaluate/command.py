@@ -27,14 +27,16 @@ def main(arguments: Sequence[str]) -> None:
         if given:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise UsageError(
-                f"--compare: takes two result files alone, want only --output or --seed beside it, not {flags}"
+                f"--compare: takes two result files alone, wanted only --output or --seed beside it, not {flags}"
             )
     if options.compare is None and not (options.student and options.output):
         missing = "--output" if options.student else "--student"
-        raise UsageError(f"{missing} is missing, want mind evaluate --student STUDENT --output FILE, or --compare A B")
+        raise UsageError(
+            f"{missing} is missing, wanted mind evaluate --student STUDENT --output FILE, or --compare A B"
+        )
     if options.output is not None:
         if os.path.exists(options.output):
-            raise UsageError(f"--output: {options.output} exists already, want a new file")
+            raise UsageError(f"--output: {options.output} exists already, wanted a new file")
         folder = os.path.dirname(options.output) or "."
         if not os.path.isdir(folder):
             raise UsageError(f"--output: {options.output}: there is no such folder")

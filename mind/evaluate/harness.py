@@ -69,7 +69,7 @@ def evaluate(
     _at_least_one("batch_size", batch_size)
     if backend == "vllm":
         if device is not None:
-            raise EvaluationError(f"device: given {device!r} with backend vllm, which chooses its own, want none")
+            raise EvaluationError(f"device: given {device!r} with backend vllm, which chooses its own, wanted none")
         model = _vllm_model(student, dtype)
     else:
         model = _hugging_face_model(student, dtype, device, batch_size)
@@ -154,7 +154,7 @@ def _load_tasks(
     def add(config: dict[str, Any], source: str) -> None:
         name = config["task"]
         if name in configs:
-            raise EvaluationError(f"task {name} is given twice, want it once (a data file is named by its file name)")
+            raise EvaluationError(f"task {name} is given twice, wanted it once (a data file is named by its file name)")
         config["process_results"] = functools.partial(exact_match, prompt_format=prompt_format)
         config["generation_kwargs"] = {**config["generation_kwargs"], "max_gen_toks": max_new_tokens}
         config["metadata"] = config["metadata"] | {"source": source}
@@ -163,10 +163,10 @@ def _load_tasks(
     for spec in tasks:
         name, equals, file = spec.partition("=")
         if name not in TASKS:
-            raise EvaluationError(f"task {name!r} is unknown, want {', '.join(TASKS)}, or --data with a file")
+            raise EvaluationError(f"task {name!r} is unknown, wanted {', '.join(TASKS)}, or --data with a file")
         config = read_task_file(TASKS_FOLDER / f"{name}.yaml")
         if equals and not file:
-            raise EvaluationError(f"task {name}: no file behind the =, want {name}=FILE, or {name} from the hub")
+            raise EvaluationError(f"task {name}: no file behind the =, wanted {name}=FILE, or {name} from the hub")
         if file:
             if not os.path.isfile(file):
                 raise EvaluationError(f"task {name}: no such file: {file}")
@@ -184,7 +184,7 @@ def _load_tasks(
             config["metadata"] = {"version": VERSION, "distribution": distribution}
             add(config, path)
     if not configs:
-        raise EvaluationError("no task and no data are given, want at least one of --tasks, --data and --ood-data")
+        raise EvaluationError("no task and no data are given, wanted at least one of --tasks, --data and --ood-data")
     return {name: _open_task(config) for name, config in configs.items()}
 
 
@@ -281,7 +281,7 @@ def _device(name: str | None) -> torch.device:
             raise EvaluationError(f"device: given {name!r}, but this machine or this build of PyTorch has no CUDA")
         torch.zeros(1, device=device).tolist()
     except (RuntimeError, NotImplementedError) as error:  # no such device, no such one here, or one without numbers
-        raise EvaluationError(f"device: given {name!r}, want cpu, cuda or cuda:0 where there is one") from error
+        raise EvaluationError(f"device: given {name!r}, wanted cpu, cuda or cuda:0 where there is one") from error
     return device
 
 
@@ -303,7 +303,7 @@ def _check_prompts(
         if ids != prompt_format.prompt_ids(model.tokenizer, _question(doc, instruction)):
             raise EvaluationError(
                 f"task {name}: question {doc['id']!r} is tokenised by lm-eval in another way than training does, "
-                "want a tokenizer that adds nothing but a BOS token to a text"
+                "wanted a tokenizer that adds nothing but a BOS token to a text"
             )
         # The harness itself would cut the prompt's beginning off.
         if len(ids) + max_new_tokens > model.max_length:
@@ -315,5 +315,5 @@ def _check_prompts(
 
 def _at_least_one(name: str, value: int) -> int:
     if value < 1:
-        raise EvaluationError(f"{name}: given {value}, want at least 1")
+        raise EvaluationError(f"{name}: given {value}, wanted at least 1")
     return value

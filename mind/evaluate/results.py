@@ -81,9 +81,9 @@ def read_evaluation(path: str | os.PathLike[str]) -> dict[str, Any]:
     except ValueError as error:
         raise EvaluationError(f"{path}: is not JSON: {error}") from error
     if not isinstance(evaluation, dict) or evaluation.get("format") != FORMAT:
-        raise EvaluationError(f"{path}: is no evaluation, want a file that mind evaluate wrote")
+        raise EvaluationError(f"{path}: is no evaluation, wanted a file that mind evaluate wrote")
     if evaluation.get("version") != VERSION:
-        raise EvaluationError(f"{path}: is an evaluation of version {evaluation.get('version')!r}, want {VERSION}")
+        raise EvaluationError(f"{path}: is an evaluation of version {evaluation.get('version')!r}, wanted {VERSION}")
     tasks = evaluation.get("tasks")
     if not isinstance(tasks, dict) or not tasks or not all(map(_is_task, tasks.values())):
         raise EvaluationError(f"{path}: its tasks are not what mind evaluate writes, the file was changed")
@@ -109,7 +109,8 @@ def compare(path_a: str | os.PathLike[str], path_b: str | os.PathLike[str], *, s
     shared = [name for name in a["tasks"] if name in b["tasks"]]
     if not shared:
         raise EvaluationError(
-            f"{path_a} has the tasks {', '.join(a['tasks'])} and {path_b} has {', '.join(b['tasks'])}, want one of both"
+            f"{path_a} has the tasks {', '.join(a['tasks'])} and {path_b} has {', '.join(b['tasks'])}, "
+            "wanted one of both"
         )
     tasks: dict[str, Any] = {}
     draws: dict[str, list[np.ndarray]] = {distribution: [] for distribution in DISTRIBUTIONS}
@@ -120,14 +121,15 @@ def compare(path_a: str | os.PathLike[str], path_b: str | os.PathLike[str], *, s
                 f"{path} has it {DISTRIBUTIONS[task['distribution']]}"
                 for path, task in ((path_a, task_a), (path_b, task_b))
             )
-            raise EvaluationError(f"task {name}: {told}, want both the same: --data or --ood-data")
+            raise EvaluationError(f"task {name}: {told}, wanted both the same: --data or --ood-data")
         answers_b = {_identity(answer): answer for answer in task_b["answers"]}
         for first, second, path in ((task_a, task_b, path_b), (task_b, task_a, path_a)):
             known = {_identity(answer) for answer in second["answers"]}
             for answer in first["answers"]:
                 if _identity(answer) not in known:
                     raise EvaluationError(
-                        f"{path}: task {name} lacks the question {answer['id']!r} of the other, want the same questions"
+                        f"{path}: task {name} lacks the question {answer['id']!r} of the other, "
+                        "wanted the same questions"
                     )
         pairs = [(answer["correct"], answers_b[_identity(answer)]["correct"]) for answer in task_a["answers"]]
         differences = [float(after) - float(before) for before, after in pairs]

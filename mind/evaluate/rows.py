@@ -29,7 +29,7 @@ def gsm8k(dataset: datasets.Dataset) -> datasets.Dataset:
     def convert(row: Mapping[str, Any]) -> tuple[str, list[str]]:
         _, mark, answer = row["answer"].rpartition("####")
         if not mark:
-            raise ValueError(f"answer: given {row['answer'][:60]!r}, want a solution and its answer behind ####")
+            raise ValueError(f"answer: given {row['answer'][:60]!r}, wanted a solution and its answer behind ####")
         return row["question"], [answer.strip()]
 
     return _convert(dataset, "gsm8k", convert)
@@ -110,5 +110,5 @@ def _convert(
             ) from error
         docs.append({"id": f"{task}-{i}", "question": question.strip(), "answers": answers})
     if not docs:
-        raise ValueError(f"task {task}: no rows, want at least one")
+        raise ValueError(f"task {task}: no rows, wanted at least one")
     return to_dataset(docs)

@@ -160,10 +160,10 @@ class GenerateConfig:
             self.engine = "transformers" if self.base_url is None else "server"
         if (self.engine == "server") != (self.base_url is not None):
             raise GenerateError(
-                f"base_url: given {self.base_url!r} with engine {self.engine}, want one with server only"
+                f"base_url: given {self.base_url!r} with engine {self.engine}, wanted one with server only"
             )
         if self.top_logprobs and self.student is None:
-            raise GenerateError("student: not given, want the one whose tokens top_logprobs are aligned to")
+            raise GenerateError("student: not given, wanted the one whose tokens top_logprobs are aligned to")
         judged_by_server = self.judge_base_url is not None or self.base_url is not None
         for name, used, needs in (
             ("student", self.top_logprobs, "top_logprobs"),
@@ -181,7 +181,7 @@ class GenerateConfig:
 
     def _want(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
-            raise GenerateError(f"{name}: given {getattr(self, name)!r}, want {wanted}")
+            raise GenerateError(f"{name}: given {getattr(self, name)!r}, wanted {wanted}")
 
     @property
     def fields_of_request(self) -> dict[str, Any]:
@@ -190,7 +190,7 @@ class GenerateConfig:
             json.dumps(fields, allow_nan=False)  # NaN, which Python reads, is in no request
             return fields
         except ValueError as error:
-            raise GenerateError(f"extra_body: given {self.extra_body!r}, want a JSON object: {error}") from error
+            raise GenerateError(f"extra_body: given {self.extra_body!r}, wanted a JSON object: {error}") from error
 
     @property
     def prompt_format(self) -> PromptFormat:
@@ -294,18 +294,18 @@ class Files:
         """Raises: GenerateError when the output cannot be, or is a file that another program wrote."""
         output = Path(config.output)
         if not output.name:
-            raise GenerateError(f"output: given {config.output!r}, want a file")
+            raise GenerateError(f"output: given {config.output!r}, wanted a file")
         name = output.name.removesuffix(".jsonl")
         files = cls(
             output, *(output.with_name(f"{name}.{kind}") for kind in ("ledger.jsonl", "report.json", "topk.parquet"))
         )
         if not output.parent.is_dir():
-            raise GenerateError(f"output: {output.parent} is no folder, want one to write {output.name} in")
+            raise GenerateError(f"output: {output.parent} is no folder, wanted one to write {output.name} in")
         for path in (*vars(files).values(), files.ledger.with_name(f"{files.ledger.name}.lock")):
             if path.is_dir():  # now, not when everything is answered
-                raise GenerateError(f"output: {path} is a folder, want a file or nothing there")
+                raise GenerateError(f"output: {path} is a folder, wanted a file or nothing there")
         if output.exists() and not files.ledger.exists():
-            raise GenerateError(f"output: {output} exists already without {files.ledger.name}, want a new file")
+            raise GenerateError(f"output: {output} exists already without {files.ledger.name}, wanted a new file")
         try:  # a lock that cannot be made would look like another's
             tempfile.TemporaryFile(dir=output.parent).close()
         except OSError as error:
@@ -351,7 +351,7 @@ def _models(config: GenerateConfig) -> tuple[Teacher, Teacher | None, LocalTeach
     for setting, local_model in (("judge", judge_model), ("difficulty_student", student)):
         # Now, not when the teacher has answered everything.
         if isinstance(local_model, LocalTeacher) and not _load_tokenizer(setting, local_model.model).chat_template:
-            raise GenerateError(f"{setting}: {local_model.model!r} has no chat template, want an instruct model")
+            raise GenerateError(f"{setting}: {local_model.model!r} has no chat template, wanted an instruct model")
     return teacher, judge_model, student
 
 

@@ -72,7 +72,7 @@ class Ledger:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise GenerateError(f"{self.path}: another mind generate is writing to it, want one at a time") from None
+            raise GenerateError(f"{self.path}: another mind generate is writing to it, wanted one at a time") from None
         try:
             if self.path.exists():
                 self._mend()

@@ -30,7 +30,7 @@ def read_prompts(folder: str | os.PathLike[str] | None = None) -> dict[str, str]
     """
     path = PROMPTS if folder is None else Path(folder)
     if not path.is_dir():
-        raise GenerateError(f"prompts: {path} is no folder, want one with a .txt file for each perspective")
+        raise GenerateError(f"prompts: {path} is no folder, wanted one with a .txt file for each perspective")
     prompts = {}
     for file in sorted(path.glob("*.txt")):
         if file.name.startswith("."):  # an editor's or a file manager's
@@ -42,10 +42,10 @@ def read_prompts(folder: str | os.PathLike[str] | None = None) -> dict[str, str]
         for field in FIELDS:
             count = text.count(f"{{{field}}}")
             if count != 1:
-                raise GenerateError(f"prompts: {file} holds {{{field}}} {count} times, want it once")
+                raise GenerateError(f"prompts: {file} holds {{{field}}} {count} times, wanted it once")
         prompts[file.stem] = text
     if not prompts:
-        raise GenerateError(f"prompts: {path} holds no .txt file, want one for each perspective")
+        raise GenerateError(f"prompts: {path} holds no .txt file, wanted one for each perspective")
     known = [name for name in PERSPECTIVES if name in prompts]
     return {name: prompts[name] for name in (*known, *(name for name in prompts if name not in known))}
 
@@ -56,7 +56,7 @@ def copy_prompts(folder: str | os.PathLike[str]) -> None:
     Raises: GenerateError when the folder is there already or cannot be made.
     """
     if os.path.exists(folder):
-        raise GenerateError(f"copy_prompts: {folder} exists already, want a new folder")
+        raise GenerateError(f"copy_prompts: {folder} exists already, wanted a new folder")
     try:
         shutil.copytree(PROMPTS, folder)
     except OSError as error:

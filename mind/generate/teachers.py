@@ -107,7 +107,7 @@ class ServerTeacher:
 
     def __post_init__(self) -> None:
         setting = "judge_base_url" if self.role == "judge" else "base_url"
-        wanted = f"{setting}: want an address like http://localhost:8000/v1"
+        wanted = f"{setting}: wanted an address like http://localhost:8000/v1"
         try:
             parts = urlsplit(self.base_url)
             _ = parts.port
@@ -116,7 +116,7 @@ class ServerTeacher:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise GenerateError(wanted)
         if parts.username or parts.password or parts.query:
-            raise GenerateError(f"{setting}: holds a user name, password or query, want keys in the environment only")
+            raise GenerateError(f"{setting}: holds a user name, password or query, wanted keys in the environment only")
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -209,7 +209,7 @@ class ServerTeacher:
         body = error.body if isinstance(error.body, dict) else {"message": error.body}
         says = f"{status}: {self._clean(body.get('message') or body.get('detail') or error.message)}"
         if status in (401, 403):
-            raise GenerateError(f"{self._place}: refuses the key ({status}), want a valid one in the environment")
+            raise GenerateError(f"{self._place}: refuses the key ({status}), wanted a valid one in the environment")
         if status == 404:
             raise GenerateError(f"{self._place}: does not know the model or the address ({says})")
         if status in (408, 409, 429) or status >= 500:
@@ -242,7 +242,7 @@ class ServerTeacher:
                 logprobs = (choice.get("logprobs") or {}).get("content")
                 if not logprobs:
                     raise GenerateError(
-                        f"{self._place}: returns no log-probabilities, want a server that does, or top_logprobs 0"
+                        f"{self._place}: returns no log-probabilities, wanted a server that does, or top_logprobs 0"
                     )
                 topk = self.sampling.student.served(logprobs, k)
         except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -286,14 +286,14 @@ def read_key(setting: str, variable: str, required: bool) -> str | None:
     Raises: GenerateError when it is not set but required, or is no header.
     """
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
-        raise GenerateError(f"{setting}: want the name of an environment variable that holds the key, not the key")
+        raise GenerateError(f"{setting}: wanted the name of an environment variable that holds the key, not the key")
     key = os.environ.get(variable)
     if key is None:
         if required:
             raise GenerateError(f"{setting}: no environment variable of this name is set")
         return None
     if not key.isascii() or not key.isprintable() or not key.strip():
-        raise GenerateError(f"{setting}: what {variable} holds is no key, want printable ASCII characters")
+        raise GenerateError(f"{setting}: what {variable} holds is no key, wanted printable ASCII characters")
     return key.strip()
 
 
@@ -356,7 +356,7 @@ class LocalTeacher:
             self.sampling.student.check_vocabulary(self.model, tokenizer)
         wanted, tokens = self.sampling.top_logprobs, model.get_output_embeddings().weight.shape[0]
         if wanted > tokens:
-            raise GenerateError(f"top_logprobs: given {wanted}, want at most {tokens}, the tokens of {self.model!r}")
+            raise GenerateError(f"top_logprobs: given {wanted}, wanted at most {tokens}, the tokens of {self.model!r}")
         return model, tokenizer
 
     def _encode(
@@ -365,7 +365,7 @@ class LocalTeacher:
         """(prompts in token ids, refusals of those that are too long). room: tokens of a prompt and its answer."""
         if not tokenizer.chat_template:
             raise GenerateError(
-                f"{self.role} {self.model!r}: its tokenizer has no chat template, want an instruct model"
+                f"{self.role} {self.model!r}: its tokenizer has no chat template, wanted an instruct model"
             )
         prompts, refused = [], []
         for request in requests:
@@ -449,7 +449,7 @@ class VLLMTeacher(LocalTeacher):
             from vllm import LLM, SamplingParams
         except ImportError as error:
             raise GenerateError(
-                "engine vllm: vLLM is not installed, want pip install vllm or another engine"
+                "engine vllm: vLLM is not installed, wanted pip install vllm or another engine"
             ) from error
         from mind.students import student_source
 

@@ -136,7 +136,7 @@ class StudentTokens:
                 has = f"its id {own[token]}" if token in own else "none"
                 raise GenerateError(
                     f"top_logprobs: the tokenizers of {teacher} and of the student {self.name} disagree: the teacher's "
-                    f"token {token_id} is {token!r}, of which the student has {has}; want the same vocabulary"
+                    f"token {token_id} is {token!r}, of which the student has {has}; wanted the same vocabulary"
                 )
 
     def watch(self, teacher: str, topk: TopK, text: str) -> None:
@@ -157,7 +157,7 @@ class StudentTokens:
         if aligned < MIN_ALIGNED * seen:
             raise GenerateError(
                 f"top_logprobs: the tokenizers of {teacher} and of the student {self.name} disagree: of {seen} tokens "
-                f"that the student reads in its answers, it wrote {aligned}, want {MIN_ALIGNED:.0%}"
+                f"that the student reads in its answers, it wrote {aligned}, wanted {MIN_ALIGNED:.0%}"
             )
 
     def align(self, topk: TopK, text: str) -> tuple[list[int], NDArray[np.int64]]:
@@ -298,11 +298,11 @@ class TopKTeacher:
                 if tuple(ids.tolist()) != target[: len(ids)]:
                     raise GenerateError(
                         f"{path}: question {question.id!r}, perspective {name!r}: holds other tokens than the "
-                        "rationale, want the file made with this data for this student"
+                        "rationale, wanted the file made with this data for this student"
                     )
                 self._rows[question.id, name] = row
         if not self._rows:
-            raise GenerateError(f"{path}: holds none of the rationales, want the file made with this data")
+            raise GenerateError(f"{path}: holds none of the rationales, wanted the file made with this data")
 
     def __len__(self) -> int:
         """Rationales of the questions that are in the file."""

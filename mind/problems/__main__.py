@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m mind.pro
         if options.output.exists():
             raise FileExistsError(f"--output: {options.output} exists already and is not overwritten")
         if not options.output.parent.is_dir():
-            raise NotADirectoryError(f"--output: {options.output.parent} is no folder, want one to write in")
+            raise NotADirectoryError(f"--output: {options.output.parent} is no folder, wanted one to write in")
         write_jsonl(generate_records(options.num_questions, seed=options.seed, split=options.split), options.output)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)

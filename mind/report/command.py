@@ -23,17 +23,17 @@ def main(arguments: Sequence[str]) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     if not options.runs and not options.latent:
-        raise UsageError("no run is given, want mind report RUN [RUN ...], or --latent with --data")
+        raise UsageError("no run is given, wanted mind report RUN [RUN ...], or --latent with --data")
     if (options.data is None) != (not options.latent):
-        raise UsageError("--latent and --data: want both, the students and the questions that they answer")
+        raise UsageError("--latent and --data: wanted both, the students and the questions that they answer")
     if not options.latent:
         others = [name for name in vars(options) if name not in ("runs", "output")]
         given = [name for name in others if getattr(options, name) != parser.get_default(name)]
         if given:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise UsageError(f"{flags}: settings of --latent, which is not given, want none of them without it")
+            raise UsageError(f"{flags}: settings of --latent, which is not given, wanted none of them without it")
     if options.output == "":
-        raise UsageError("--output: given '', want a folder")
+        raise UsageError("--output: given '', wanted a folder")
     output = options.output or (os.path.join(options.runs[0], "report") if options.runs else "report")
     runs = read_runs(options.runs) if options.runs else []
     from mind.report.page import check_output, write_report
@@ -48,14 +48,14 @@ def _latent(options: argparse.Namespace) -> LatentAnalysis:
     for spec in options.latent:
         name, _, student = spec.partition("=")
         if not name or not student:
-            raise UsageError(f"--latent: given {spec!r}, want NAME=STUDENT")
+            raise UsageError(f"--latent: given {spec!r}, wanted NAME=STUDENT")
         if name in students:
-            raise UsageError(f"--latent: the name {name} is given twice, want it once")
+            raise UsageError(f"--latent: the name {name} is given twice, wanted it once")
         students[name] = student
     for name in ("limit", "max_new_tokens", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')}: given {value}, want at least 1")
+            raise UsageError(f"--{name.replace('_', '-')}: given {value}, wanted at least 1")
     prompt_format = PromptFormat(options.answer_suffix)
     import torch
 

@@ -56,11 +56,11 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
 
 def _read_run(folder: str, name: str) -> Run:
     if not os.path.isdir(folder):
-        raise ValueError(f"{folder}: no such folder, want the output_dir of a run of mind train")
+        raise ValueError(f"{folder}: no such folder, wanted the output_dir of a run of mind train")
     metrics = read_metrics(folder)
     path = os.path.join(folder, METRICS_FILE)
     if metrics is None:
-        raise ValueError(f"{path}: no such file, want the output_dir of a run of mind train")
+        raise ValueError(f"{path}: no such file, wanted the output_dir of a run of mind train")
     for when in ("before", "after"):
         # A run that was stopped has no "after".
         if not _is_measurement(metrics.get(when, metrics["before"]), like=metrics["before"]):
@@ -108,9 +108,9 @@ def read_metrics(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     except ValueError as error:
         raise ValueError(f"{path}: is not JSON: {error}") from error
     if not isinstance(metrics, dict) or "before" not in metrics:
-        raise ValueError(f"{path}: has no 'before', want the metrics that mind train wrote")
+        raise ValueError(f"{path}: has no 'before', wanted the metrics that mind train wrote")
     if metrics.setdefault("version", METRICS_VERSION) != METRICS_VERSION:
-        raise ValueError(f"{path}: is of version {metrics['version']!r}, want {METRICS_VERSION}")
+        raise ValueError(f"{path}: is of version {metrics['version']!r}, wanted {METRICS_VERSION}")
     return metrics
 
 
@@ -133,7 +133,7 @@ def read_log(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ValueError(
-            f"{path}: cannot be read: {error.strerror}; want a run of mind train that reached a checkpoint"
+            f"{path}: cannot be read: {error.strerror}; wanted a run of mind train that reached a checkpoint"
         ) from error
     except ValueError as error:
         raise ValueError(f"{path}: is not UTF-8: {error}") from error
@@ -144,7 +144,7 @@ def read_log(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{path}:{number}: is not JSON: {error}") from error
         if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-            raise ValueError(f"{path}:{number}: has no step, want a line that mind train logged")
+            raise ValueError(f"{path}:{number}: has no step, wanted a line that mind train logged")
         try:
             history.append({name: value if name == "step" else float(value) for name, value in entry.items()})
         except (TypeError, ValueError, OverflowError) as error:

@@ -146,7 +146,7 @@ def write_report(runs: Sequence[Run], output: str | os.PathLike[str], latent: La
 def check_output(output: str | os.PathLike[str]) -> None:
     """Raises: ValueError when `output` is a file, or a folder that cannot be made or written to."""
     if os.path.exists(output) and not os.path.isdir(output):
-        raise ValueError(f"output: {output} is a file, want a folder")
+        raise ValueError(f"output: {output} is a file, wanted a folder")
     above = next(path for path in (Path(output).absolute(), *Path(output).absolute().parents) if os.path.exists(path))
     if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
         reason = os.strerror(errno.EACCES if above.is_dir() else errno.ENOTDIR)

@@ -620,4 +620,4 @@ def test_sums_of_weight_gradients(
     assert errors[64]["as shipped"] < 1.1 * errors[64]["fp32 sum"]  # beyond 40 chunks its sum is fp32
     with pytest.raises(SystemExit):
         weight_gradient_sums.main(["--rows", "100"])
-    assert "want a positive multiple of 64" in capsys.readouterr().err
+    assert "wanted a positive multiple of 64" in capsys.readouterr().err

@@ -78,7 +78,9 @@ def test_training_on_some_perspectives(folder: Path) -> None:
     (run,) = (run for name, run in read(folder, "methods").items() if "-s3-" in name)
     assert set(run["log"]["selected_rationales"]) == {2} and len(run["validation_losses"]) == 3
     assert report._variant(run["settings"]) == "no_fusion, only formal_symbolic + decomposition"
-    with pytest.raises(ValueError, match=r"^--perspectives: given analogy, want of formal_symbolic, intuitive, decom"):
+    with pytest.raises(
+        ValueError, match=r"^--perspectives: given analogy, wanted of formal_symbolic, intuitive, decom"
+    ):
         methods.main([*given, "--perspectives", "analogy"])
 
 
@@ -155,7 +157,7 @@ def test_tolerances_are_compared_on_the_same_batches(folder: Path) -> None:
 
 
 def test_too_few_questions_are_an_error(folder: Path) -> None:
-    with pytest.raises(ValueError, match="--num_train: svamp has 14 short questions, want at least 104"):
+    with pytest.raises(ValueError, match="--num_train: svamp has 14 short questions, wanted at least 104"):
         methods.main(arguments(folder, "--num_train", "100"))
 
 

@@ -65,12 +65,15 @@ def change_rationale(**fields: Any) -> Callable[[list[dict[str, Any]]], None]:
 @pytest.mark.parametrize(
     ("break_records", "message"),
     [
-        (lambda records: records[1].pop("answer"), "data.jsonl:2: answer: the field is missing, want a string"),
-        (change(question=7), "data.jsonl:2: question: want a string, got int"),
-        (change(rationales=[]), "data.jsonl:2: rationales: question 'q1' has no rationale, want at least one"),
+        (lambda records: records[1].pop("answer"), "data.jsonl:2: answer: the field is missing, wanted a string"),
+        (change(question=7), "data.jsonl:2: question: wanted a string, got int"),
+        (change(rationales=[]), "data.jsonl:2: rationales: question 'q1' has no rationale, wanted at least one"),
         (change(id="q0"), "data.jsonl:2: id: 'q0' is already used at "),
-        (change_rationale(text=" "), "data.jsonl:2: rationales[1].text: is empty, want text"),
-        (change_rationale(perspective="formal_symbolic"), "'formal_symbolic' occurs twice in question 'q1', want once"),
+        (change_rationale(text=" "), "data.jsonl:2: rationales[1].text: is empty, wanted text"),
+        (
+            change_rationale(perspective="formal_symbolic"),
+            "'formal_symbolic' occurs twice in question 'q1', wanted once",
+        ),
         (change_rationale(answer="9"), "data.jsonl:2: rationales[1].answer: '9' is not the question's answer '2'"),
         (change_rationale(text="so " * 600), "question 'q1': perspective 'intuitive' takes "),
     ],
@@ -99,9 +102,9 @@ def test_a_malformed_line(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_heldout_questions(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = refused(flags(inputs, tmp_path / "out", heldout=inputs / "data.jsonl"), capsys)
-    assert given == f"{inputs}/data.jsonl: held-out question 'q0' is training question 'q0', want others"
+    assert given == f"{inputs}/data.jsonl: held-out question 'q0' is training question 'q0', wanted others"
     given = refused(flags(inputs, tmp_path / "out", num_heldout=13), capsys)
-    assert given.startswith(f"{inputs}/data.jsonl: has 13 questions, want more than num_heldout = 13")
+    assert given.startswith(f"{inputs}/data.jsonl: has 13 questions, wanted more than num_heldout = 13")
     foreign = raw_records(1, ("poetry",))[0] | {"question": "What?"}
     write_jsonl(tmp_path / "heldout.jsonl", [foreign])
     given = refused(flags(inputs, tmp_path / "out", heldout=tmp_path / "heldout.jsonl"), capsys)
@@ -119,28 +122,28 @@ def test_heldout_questions(inputs: Path, tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"beta": 1.5}, "beta: given 1.5, want a number in [0, 1]"),
-        ({"beta": math.nan}, "beta: given nan, want a number in [0, 1]"),
-        ({"tau": 0}, "tau: given 0.0, want a positive number"),
-        ({"tau_student": -1}, "tau_student: given -1.0, want a positive number"),
-        ({"consistency_weight": -0.1}, "consistency_weight: given -0.1, want a number that is not negative"),
-        ({"kl_weight": 0.5}, "teacher: given none with kl_weight = 0.5, want one exactly when it is above 0"),
-        ({"golden_perspective": "poetry"}, "golden_perspective: given 'poetry', want one of formal_symbolic, "),
+        ({"beta": 1.5}, "beta: given 1.5, wanted a number in [0, 1]"),
+        ({"beta": math.nan}, "beta: given nan, wanted a number in [0, 1]"),
+        ({"tau": 0}, "tau: given 0.0, wanted a positive number"),
+        ({"tau_student": -1}, "tau_student: given -1.0, wanted a positive number"),
+        ({"consistency_weight": -0.1}, "consistency_weight: given -0.1, wanted a number that is not negative"),
+        ({"kl_weight": 0.5}, "teacher: given none with kl_weight = 0.5, wanted one exactly when it is above 0"),
+        ({"golden_perspective": "poetry"}, "golden_perspective: given 'poetry', wanted one of formal_symbolic, "),
         ({"method": "magic"}, "argument --method: invalid choice: 'magic'"),
         ({"student": "no/such"}, "student 'no/such' cannot be loaded: "),
         ({"teacher": "no/such", "kl_weight": 0.5}, "teacher 'no/such' cannot be loaded: "),
         ({"encoder": "no/such"}, "encoder 'no/such' cannot be found: "),
         ({"data": "no.jsonl"}, "no.jsonl: no such file or folder"),
-        ({"seed": -1}, "seed: given -1, want 0 to 4294967295"),
-        ({"learning_rate": -1}, "learning_rate: given -1.0, want a number that is not negative"),
-        ({"save_strategy": "best"}, "save_strategy: given 'best', want no, steps or epoch: "),
+        ({"seed": -1}, "seed: given -1, wanted 0 to 4294967295"),
+        ({"learning_rate": -1}, "learning_rate: given -1.0, wanted a number that is not negative"),
+        ({"save_strategy": "best"}, "save_strategy: given 'best', wanted no, steps or epoch: "),
         (
             {"train_sampling_strategy": "group_by_length"},
-            "train_sampling_strategy: given 'group_by_length', want random",
+            "train_sampling_strategy: given 'group_by_length', wanted random",
         ),
         (
             {"dataloader_drop_last": True, "per_device_train_batch_size": 64},
-            "dataloader_drop_last: given 10 questions and batches of 64, which leaves no batch, want a smaller",
+            "dataloader_drop_last: given 10 questions and batches of 64, which leaves no batch, wanted a smaller",
         ),
         (
             {"optim": "adamw_anyprecision"},
@@ -164,25 +167,25 @@ def test_heldout_questions(inputs: Path, tmp_path: Path, capsys: pytest.CaptureF
             "lr_scheduler_type: given 'cosine' with lr_scheduler_kwargs {'num_cycles': 'x'}, which cannot be used",
         ),
         ({"accelerator_config": '{"dispatch_batches": true}'}, "accelerator_config: given dispatch_batches = True, "),
-        ({"accelerator_config": '{"even_batches": false}'}, "accelerator_config: given even_batches = False, want"),
-        ({"accelerator_config": '{"split_batches": true}'}, "accelerator_config: given split_batches = True, want"),
+        ({"accelerator_config": '{"even_batches": false}'}, "accelerator_config: given even_batches = False, wanted"),
+        ({"accelerator_config": '{"split_batches": true}'}, "accelerator_config: given split_batches = True, wanted"),
         ({"accelerator_config": "no.json"}, "No such file or directory: 'no.json'"),
         (
             {"dataloader_num_workers": 2},
-            "dataloader_num_workers: given 2, want 0: questions are tokenised and in memory",
+            "dataloader_num_workers: given 2, wanted 0: questions are tokenised and in memory",
         ),
-        ({"push_to_hub": True}, "push_to_hub: given True, want False: what is uploaded is renamed meanwhile; upload"),
-        ({"report_to": "wandx"}, "report_to: given 'wandx', want none, all or what is installed: "),
-        ({"report_to": "neptune"}, "report_to: given 'neptune', want none, all or what is installed: "),
+        ({"push_to_hub": True}, "push_to_hub: given True, wanted False: what is uploaded is renamed meanwhile; upload"),
+        ({"report_to": "wandx"}, "report_to: given 'wandx', wanted none, all or what is installed: "),
+        ({"report_to": "neptune"}, "report_to: given 'neptune', wanted none, all or what is installed: "),
         (
             {"torch_compile_backend": "foo"},
-            "torch_compile_backend: given 'foo', want one of aot_eager, ",
+            "torch_compile_backend: given 'foo', wanted one of aot_eager, ",
         ),
-        ({"torch_compile_mode": "foo"}, "torch_compile_mode: given 'foo', want one of default, "),
-        ({"resume_from_checkpoint": "true"}, "holds no whole checkpoint, want one"),
+        ({"torch_compile_mode": "foo"}, "torch_compile_mode: given 'foo', wanted one of default, "),
+        ({"resume_from_checkpoint": "true"}, "holds no whole checkpoint, wanted one"),
         (
             {"resume_from_checkpoint": "no/such"},
-            "resume_from_checkpoint: no/such is no folder, want a checkpoint or true",
+            "resume_from_checkpoint: no/such is no folder, wanted a checkpoint or true",
         ),
     ],
 )
@@ -197,15 +200,15 @@ def test_the_output_folder_is_taken(inputs: Path, tmp_path: Path, capsys: pytest
     (tmp_path / "notes.txt").write_text("mine")
     given = refused(flags(inputs, tmp_path), capsys)
     assert given.startswith(
-        f"output_dir: {tmp_path} is not empty, want a new or empty folder, or --resume_from_checkpo"
+        f"output_dir: {tmp_path} is not empty, wanted a new or empty folder, or --resume_from_checkpo"
     )
     assert os.listdir(tmp_path) == ["notes.txt"]
     notes = tmp_path / "notes.txt"
-    assert refused(flags(inputs, notes), capsys) == f"output_dir: {notes} is a file, want a new or empty folder"
+    assert refused(flags(inputs, notes), capsys) == f"output_dir: {notes} is a file, wanted a new or empty folder"
     given = refused(flags(inputs, notes / "a" / "b"), capsys)
-    assert given == f"output_dir: {notes}/a/b: {notes} is no folder that can be written to, want one"
+    assert given == f"output_dir: {notes}/a/b: {notes} is no folder that can be written to, wanted one"
     given = refused(flags(inputs, tmp_path / "notes.txt"), capsys)
-    assert given == f"output_dir: {tmp_path}/notes.txt is a file, want a new or empty folder"
+    assert given == f"output_dir: {tmp_path}/notes.txt is a file, wanted a new or empty folder"
 
 
 def save_student(folder: Path, **changes: Any) -> Path:
@@ -217,7 +220,7 @@ def save_student(folder: Path, **changes: Any) -> Path:
 def test_a_teacher_of_another_vocabulary(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = save_student(tmp_path / "teacher", vocab_size=280)
     given = refused(flags(inputs, tmp_path / "out", teacher=teacher, kl_weight=1), capsys)
-    assert given == "teacher: has 280 tokens in its vocabulary, want the student's 300"
+    assert given == "teacher: has 280 tokens in its vocabulary, wanted the student's 300"
     assert_nothing_written(tmp_path / "out")
 
 
@@ -225,7 +228,7 @@ def test_a_tokenizer_of_another_student(inputs: Path, tmp_path: Path, capsys: py
     """Labels that are not below V."""
     student = save_student(tmp_path / "student", vocab_size=200, eos_token_id=None, pad_token_id=None)
     given = refused(flags(inputs, tmp_path / "out", student=student), capsys)
-    assert given.startswith("student ") or "want tokens below the student's vocabulary of 200" in given, given
+    assert given.startswith("student ") or "wanted tokens below the student's vocabulary of 200" in given, given
     assert_nothing_written(tmp_path / "out")
 
 
@@ -259,7 +262,7 @@ def test_a_chat_template_that_is_broken(
     ("weight", "row", "message"),
     [
         ("lm_head.weight", 0, "model: LlamaForCausalLM's own logits hold NaN or Inf, wanted finite ones"),
-        ("model.embed_tokens.weight", 18, "step 1: the student's loss is nan, want a finite number; questions 'q3'"),
+        ("model.embed_tokens.weight", 18, "step 1: the student's loss is nan, wanted a finite number; questions 'q3'"),
     ],
 )
 def test_a_student_that_is_not_finite(
@@ -278,7 +281,7 @@ def test_a_student_that_is_not_finite(
 def test_a_loss_that_becomes_nan(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"learning_rate": 1e30, "warmup_steps": 0, "max_grad_norm": 0, "save_strategy": "steps", "save_steps": 1}
     given = refused(flags(inputs, tmp_path, **settings), capsys)
-    assert given.startswith("step 2: the ") and "want a finite number; questions 'q" in given
+    assert given.startswith("step 2: the ") and "wanted a finite number; questions 'q" in given
     # What came before the error is there and whole.
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1", "log.jsonl", "metrics.json"]
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"] == 1
@@ -322,28 +325,28 @@ def rename(records: list[dict[str, Any]], old: str, new: str | None) -> list[dic
             {},
             "perspective 'planning' is unknown, the data has ",
         ),
-        (raw_records(13), {"method": "no_cons"}, "was trained with method 'mind', want 'no_cons'"),
+        (raw_records(13), {"method": "no_cons"}, "was trained with method 'mind', wanted 'no_cons'"),
         (
             raw_records(13),
             {"num_heldout": 4},
-            "metrics.json: tells the accuracy on 3 other held-out questions, want the 4",
+            "metrics.json: tells the accuracy on 3 other held-out questions, wanted the 4",
         ),
         (
             raw_records(13),
             {"num_measured": 1},
-            "metrics.json: tells the losses on 2 held-out questions, want those of this run on 1 held-out questions",
+            "metrics.json: tells the losses on 2 held-out questions, wanted those of this run on 1 held-out questions",
         ),
         (
             raw_records(13),
             {"max_new_tokens": 9},
-            "metrics.json: tells the accuracy with max_new_tokens = 8, want this run's 9",
+            "metrics.json: tells the accuracy with max_new_tokens = 8, wanted this run's 9",
         ),
         (
             raw_records(13),
             {"use_lora": True},
-            "was trained with no LoRA, want LoRA of rank 16 as use_lora and lora_r say",
+            "was trained with no LoRA, wanted LoRA of rank 16 as use_lora and lora_r say",
         ),
-        (raw_records(13), {"assistant_hidden_size": 32}, "its teaching assistant has hidden_size = 16, want 32"),
+        (raw_records(13), {"assistant_hidden_size": 32}, "its teaching assistant has hidden_size = 16, wanted 32"),
     ],
 )
 def test_a_checkpoint_of_another_run(
@@ -367,7 +370,7 @@ def test_a_checkpoint_of_another_run(
 def test_not_a_checkpoint(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     given = refused(flags(inputs, tmp_path / "out", resume_from_checkpoint=tmp_path / "empty"), capsys)
-    assert given == f"{tmp_path}/empty: holds no mind_state.pt, want a checkpoint written by MindTrainer"
+    assert given == f"{tmp_path}/empty: holds no mind_state.pt, wanted a checkpoint written by MindTrainer"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,7 +386,7 @@ def test_the_console_script() -> None:
         timeout=120,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "mind: error: beta: given 2.0, want a number in [0, 1]\n"
+    assert done.stderr == "mind: error: beta: given 2.0, wanted a number in [0, 1]\n"
 
 
 def test_a_bug_keeps_its_traceback(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

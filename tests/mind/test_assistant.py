@@ -113,9 +113,9 @@ def test_a_folder_without_an_assistant(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden_size": 9}, "hidden_size: given 9, want a multiple of 2 and of num_heads = 4"),
-        ({"hidden_size": 0}, "hidden_size: given 0, want at least 1"),
-        ({"num_heads": 3}, "want a multiple of 2 and of num_heads = 3"),
+        ({"hidden_size": 9}, "hidden_size: given 9, wanted a multiple of 2 and of num_heads = 4"),
+        ({"hidden_size": 0}, "hidden_size: given 0, wanted at least 1"),
+        ({"num_heads": 3}, "wanted a multiple of 2 and of num_heads = 3"),
         ({"dropout": 1.0}, "dropout: given 1.0"),
     ],
 )
@@ -125,7 +125,7 @@ def test_sizes_out_of_range(options: dict[str, float], message: str) -> None:
 
 
 def test_inputs_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match=r"features: given shape \(3, 4, 5\), want \(B, 4, 6\)"):
+    with pytest.raises(ValueError, match=r"features: given shape \(3, 4, 5\), wanted \(B, 4, 6\)"):
         assistant()(features()[..., :5], ALL)
     with pytest.raises(ValueError, match=r"mask: given torch\.float32"):
         assistant()(features(), ALL.float())
@@ -170,7 +170,7 @@ def test_calibration_refuses() -> None:
     scores = torch.rand(3, 4)
     with pytest.raises(ValueError, match=r"rationale_losses: given shape \(3, 3\)"):
         calibration_loss(scores, scores[:, :3], ALL)
-    with pytest.raises(ValueError, match="tau: given 0, want a positive number"):
+    with pytest.raises(ValueError, match="tau: given 0, wanted a positive number"):
         calibration_loss(scores, scores, ALL, tau=0)
     with pytest.raises(ValueError, match="direction: given 'both'"):
         calibration_loss(scores, scores, ALL, direction="both")
@@ -226,7 +226,7 @@ def test_weights_survive_a_small_temperature() -> None:
 def test_selection_refuses() -> None:
     scores = torch.rand(3, 4)
     for beta in (-0.1, 1.1, math.nan):
-        with pytest.raises(ValueError, match=r"beta: given .*, want a number in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"beta: given .*, wanted a number in \[0, 1\]"):
             select_rationales(scores, ALL, beta=beta)
     with pytest.raises(ValueError, match=r"tau_student: given 0\.0"):
         select_rationales(scores, ALL, tau_student=0.0)

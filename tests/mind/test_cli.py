@@ -124,19 +124,19 @@ def test_flags_win_over_the_file(first: bool, tmp_path: Path) -> None:
         ("xyzzy: 1", ":1: 'xyzzy' is not a setting, see mind train --help"),
         ("config: a.yaml", ":1: 'config' is not a setting"),
         ("help: true", ":1: 'help' is not a setting"),
-        ("beta: 1\n\nbeta: 0.5", ":3: 'beta' stands twice in this file, want it once"),
+        ("beta: 1\n\nbeta: 0.5", ":3: 'beta' stands twice in this file, wanted it once"),
         ("beta: much", ":1: argument --beta: invalid float value: 'much'"),
         ("max_steps: 1.5", ":1: argument --max_steps/--max-steps: invalid int value: '1.5'"),
         ("method: magic", ":1: argument --method: invalid choice: 'magic'"),
-        ("beta: null", ":1: beta: given null, want a value"),
-        ("beta: [0.1, 0.2]", ":1: beta: given a list, want one value"),
+        ("beta: null", ":1: beta: given null, wanted a value"),
+        ("beta: [0.1, 0.2]", ":1: beta: given a list, wanted one value"),
         ("lr_scheduler_kwargs: {a: 2026-11-23}", ":1: lr_scheduler_kwargs: cannot be read: Object of type date is not"),
         ("lr_scheduler_kwargs: &a {b: *a}", ":1: lr_scheduler_kwargs: cannot be read: Circular reference"),
         (
             "include_for_metrics: [!mine 1]",
             ":1: include_for_metrics: cannot be read: could not determine a constructor",
         ),
-        ("- beta", "holds no mapping, want lines of the form setting: value"),
+        ("- beta", "holds no mapping, wanted lines of the form setting: value"),
         ("beta: {", "is not YAML: "),
     ],
 )
@@ -155,13 +155,13 @@ def test_a_file_that_cannot_be_used(text: str, message: str, tmp_path: Path) -> 
         (["--beta"], "argument --beta: expected one argument"),
         (["stray"], "unrecognized arguments: stray"),
         (["--config", "no/such.yaml"], "--config: no/such.yaml cannot be read: "),
-        (["--num-questions", "0"], "num_questions: given 0, want at least 1"),
+        (["--num-questions", "0"], "num_questions: given 0, wanted at least 1"),
         (
             ["--attn_implementation", "mind_sdpa"],  # a name of this project's own
-            "attn_implementation: given 'mind_sdpa', want eager, sdpa, flash_attention_2 or another of transformers'",
+            "attn_implementation: given 'mind_sdpa', wanted eager, sdpa, flash_attention_2 or another of transformers'",
         ),
-        (["--beta", "2"], "beta: given 2.0, want a number in [0, 1]"),
-        (["--lr_scheduler_kwargs", "{min_lr: 1}"], "given '{min_lr: 1}', want JSON: Expecting property name"),
+        (["--beta", "2"], "beta: given 2.0, wanted a number in [0, 1]"),
+        (["--lr_scheduler_kwargs", "{min_lr: 1}"], "given '{min_lr: 1}', wanted JSON: Expecting property name"),
     ],
 )
 def test_flags_that_cannot_be_used(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,15 +225,18 @@ def test_every_setting_of_generate_is_a_key(tmp_path: Path) -> None:
         ("tutor: m", ":1: 'tutor' is not a setting, see mind generate --help"),
         ("seed: 0\nteachr: m", ":2: 'teachr' is not a setting, did you mean 'teacher'?"),
         ("timeout: long", ":1: argument --timeout: invalid float value: 'long'"),
-        ("seed: null", ":1: seed: given null, want a value"),
+        ("seed: null", ":1: seed: given null, wanted a value"),
         ("copy_prompts: folder", ":1: 'copy_prompts' is not a setting"),
         ("data: {", "is not YAML: "),
-        ("api_key: sk-123", ":1: 'api_key': a key does not belong in a file, want it in the environment variable that"),
+        (
+            "api_key: sk-123",
+            ":1: 'api_key': a key does not belong in a file, wanted it in the environment variable that",
+        ),
         ("OPENAI_API_KEY: sk-123", ":1: 'OPENAI_API_KEY': a key does not belong in a file"),
         ("judge_key: sk-123", ":1: 'judge_key': a key does not belong in a file"),
         (
             "api_key_env: sk-123",
-            "api_key_env: want the name of an environment variable that holds the key",
+            "api_key_env: wanted the name of an environment variable that holds the key",
         ),
     ],
 )
@@ -267,14 +270,14 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fly"]) == 2
     assert (
         capsys.readouterr().err
-        == "mind: error: given command 'fly', want train, problems, generate, evaluate or report\n"
+        == "mind: error: given command 'fly', wanted train, problems, generate, evaluate or report\n"
     )
     output = tmp_path / "problems.jsonl"
     assert main(["problems", "--num-questions", "3", "--output", str(output)]) == 0
     assert len(output.read_text().splitlines()) == 3
     assert main(["problems", "--num-questions", "3", "--output", str(tmp_path / "no" / "out.jsonl")]) == 2
     error = capsys.readouterr().err
-    assert error == f"mind problems: error: --output: {tmp_path}/no is no folder, want one to write in\n"
+    assert error == f"mind problems: error: --output: {tmp_path}/no is no folder, wanted one to write in\n"
 
 
 def test_help_and_problems_do_not_import_torch() -> None:

@@ -77,32 +77,32 @@ def changed(change: dict[str, Any] | None = None, **in_first_rationale: Any) -> 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (changed({"question": "REMOVE"}), "question: the field is missing, want a string"),
-        (changed({"id": None}), "id: the field is missing, want a string"),
-        (changed({"id": 17}), "id: want a string, got int"),
-        (changed({"question": " \n"}), "question: is empty, want text"),
-        (changed({"answer": 42}), "answer: want a string, got int"),
-        (changed({"question": "\ud800"}), "question: character 0 is a lone surrogate, want valid Unicode"),
-        (changed({"rationales": "REMOVE"}), "rationales: the field is missing, want a list"),
-        (changed({"rationales": {}}), "rationales: want a list, got object"),
-        (changed({"rationales": []}), "rationales: question 'q0' has no rationale, want at least one"),
+        (changed({"question": "REMOVE"}), "question: the field is missing, wanted a string"),
+        (changed({"id": None}), "id: the field is missing, wanted a string"),
+        (changed({"id": 17}), "id: wanted a string, got int"),
+        (changed({"question": " \n"}), "question: is empty, wanted text"),
+        (changed({"answer": 42}), "answer: wanted a string, got int"),
+        (changed({"question": "\ud800"}), "question: character 0 is a lone surrogate, wanted valid Unicode"),
+        (changed({"rationales": "REMOVE"}), "rationales: the field is missing, wanted a list"),
+        (changed({"rationales": {}}), "rationales: wanted a list, got object"),
+        (changed({"rationales": []}), "rationales: question 'q0' has no rationale, wanted at least one"),
         (
             changed({"rationales": ["so"]}),
-            "rationales[0]: want an object with perspective, text and answer, got string",
+            "rationales[0]: wanted an object with perspective, text and answer, got string",
         ),
-        (changed(text=""), "rationales[0].text: is empty, want text"),
-        (changed(text=None), "rationales[0].text: the field is missing, want a string"),
-        (changed(perspective=3), "rationales[0].perspective: want a string, got int"),
+        (changed(text=""), "rationales[0].text: is empty, wanted text"),
+        (changed(text=None), "rationales[0].text: the field is missing, wanted a string"),
+        (changed(perspective=3), "rationales[0].perspective: wanted a string, got int"),
         (
             changed(perspective="intuitive"),
-            "rationales[1].perspective: 'intuitive' occurs twice in question 'q0', want once",
+            "rationales[1].perspective: 'intuitive' occurs twice in question 'q0', wanted once",
         ),
         (changed(answer="17"), "rationales[0].answer: '17' is not the question's answer '0'"),
-        (changed({"difficulty": "hard"}), "difficulty: want a number, got string"),
-        (changed({"difficulty": True}), "difficulty: want a number, got bool"),
-        (changed({"difficulty": float("nan")}), "difficulty: want a finite number, got nan"),
-        (changed({"source": 5}), "source: want a string, got int"),
-        ([1, 2], "want an object with the fields of a record, got list"),
+        (changed({"difficulty": "hard"}), "difficulty: wanted a number, got string"),
+        (changed({"difficulty": True}), "difficulty: wanted a number, got bool"),
+        (changed({"difficulty": float("nan")}), "difficulty: wanted a finite number, got nan"),
+        (changed({"source": 5}), "source: wanted a string, got int"),
+        ([1, 2], "wanted an object with the fields of a record, got list"),
     ],
 )
 def test_a_fault_is_named_with_file_line_and_field(row: Any, message: str, tmp_path: Path) -> None:
@@ -128,12 +128,12 @@ def test_a_difficulty_beyond_any_float() -> None:
     ("content", "message"),
     [
         (b'{"id": "a"\n', "data.jsonl:1: malformed JSON at column"),
-        (b"\xff\xfe{}\n", "data.jsonl:1: byte 0 is not UTF-8, want a UTF-8 file"),
+        (b"\xff\xfe{}\n", "data.jsonl:1: byte 0 is not UTF-8, wanted a UTF-8 file"),
         (b'{"id": "a", "id": "b"}\n', "data.jsonl:1: id: the field occurs twice in one object"),
         (b'{"id": ' + b"9" * 5000 + b"}\n", "data.jsonl:1: malformed JSON: ValueError: "),
         (b"[" * 100_000 + b"\n", "data.jsonl:1: malformed JSON: RecursionError: "),
-        (b"", "data.jsonl: no records, want at least one"),
-        (b"\n \n", "data.jsonl: no records, want at least one"),
+        (b"", "data.jsonl: no records, wanted at least one"),
+        (b"\n \n", "data.jsonl: no records, wanted at least one"),
     ],
 )
 def test_a_file_that_is_not_records(content: bytes, message: str, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_repeated_id_names_both_places(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", raw_records(2) + raw_records(1))
     with pytest.raises(DataError) as error:
         load_records(path)
-    assert str(error.value) == f"{path}:3: id: 'q0' is already used at {path}:1, want unique ids"
+    assert str(error.value) == f"{path}:3: id: 'q0' is already used at {path}:1, wanted unique ids"
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "missing", "./missing/folder", "owner/missing.json"])
@@ -164,7 +164,7 @@ def test_a_folder_that_is_no_dataset(tmp_path: Path) -> None:
 
 def test_splits_without_train(tmp_path: Path) -> None:
     datasets.DatasetDict(test=datasets.Dataset.from_list(raw_records(1))).save_to_disk(tmp_path / "data")
-    with pytest.raises(DataError, match='has the splits test, want one called "train"'):
+    with pytest.raises(DataError, match='has the splits test, wanted one called "train"'):
         load_records(tmp_path / "data")
 
 
@@ -209,7 +209,7 @@ def test_an_answer_that_is_not_read_back_is_refused(answer: str, read: str) -> N
     record = load_records([row])[0]
     with pytest.raises(DataError) as error:
         MindDataset([record], tiny_tokenizer())
-    written = f"question 'q0': answer {answer!r} is read back as {read} from '\\nThe answer is {{answer}}.', want "
+    written = f"question 'q0': answer {answer!r} is read back as {read} from '\\nThe answer is {{answer}}.', wanted "
     assert str(error.value) == written + "it on one line, and another answer_suffix where it holds what ends this one"
 
 
@@ -223,7 +223,7 @@ def test_an_answer_that_is_read_back_is_taken(answer: str) -> None:
 
 def test_a_dataset_refuses_what_does_not_fit() -> None:
     records = load_records(raw_records(2))
-    with pytest.raises(ValueError, match=r"features: given shape \(2, 3, 5\), want \(2, 4, D\)"):
+    with pytest.raises(ValueError, match=r"features: given shape \(2, 3, 5\), wanted \(2, 4, D\)"):
         MindDataset(records, tiny_tokenizer(), features=torch.zeros(2, 3, 5))
     with pytest.raises(DataError, match="perspective 'planning' is unknown"):
         MindDataset(records, tiny_tokenizer(), perspectives=PERSPECTIVES[:3])
@@ -270,8 +270,8 @@ def test_student_inputs_hold_the_selected_rationales_and_nothing_else() -> None:
     [
         (torch.zeros(2, 4).bool(), "nothing is selected"),
         (torch.ones(2, 4).bool(), "question 'q1' has no rationale at perspective 2"),
-        (torch.ones(2, 4), r"given torch.float32 \(2, 4\), want torch.bool \(2, 4\)"),
-        (torch.ones(2, 3).bool(), r"want torch.bool \(2, 4\)"),
+        (torch.ones(2, 4), r"given torch.float32 \(2, 4\), wanted torch.bool \(2, 4\)"),
+        (torch.ones(2, 3).bool(), r"wanted torch.bool \(2, 4\)"),
     ],
 )
 def test_a_selection_that_does_not_fit(selected: torch.Tensor, message: str) -> None:

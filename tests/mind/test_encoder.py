@@ -261,7 +261,7 @@ def test_unknown_encoder(name):
     with pytest.raises(ValueError) as caught:
         RationaleEncoder(name)
     assert one_line(caught).startswith(
-        f"encoder {name!r} cannot be found: want all-minilm-l6-v2, a folder or a hub id ("
+        f"encoder {name!r} cannot be found: wanted all-minilm-l6-v2, a folder or a hub id ("
     )
 
 
@@ -293,14 +293,14 @@ def test_folder_that_is_no_encoder(tmp_path, tiny_folder):
 @pytest.mark.parametrize(
     ("types", "pooling", "message"),
     [
-        (("Transformer", "Pooling"), {"pooling_mode": "max"}, r"pooling 'max', want mean or cls"),
+        (("Transformer", "Pooling"), {"pooling_mode": "max"}, r"pooling 'max', wanted mean or cls"),
         (("Transformer", "Pooling"), {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, r"pooling \["),
         (
             ("Transformer", "Pooling", "Dense"),
             {"pooling_mode": "mean"},
             r"pipeline \['Transformer', 'Pooling', 'Dense'\]",
         ),
-        (("Transformer",), {}, r"pipeline \['Transformer'\], want Transformer, Pooling and perhaps Normalize"),
+        (("Transformer",), {}, r"pipeline \['Transformer'\], wanted Transformer, Pooling and perhaps Normalize"),
     ],
 )
 def test_unknown_pipeline(tiny_folder, tmp_path, types, pooling, message):
@@ -315,7 +315,7 @@ def test_damaged_cache(tiny_folder, tmp_path):
     encoder.cache_file.parent.mkdir()
     encoder.cache_file.write_bytes(b"not a data base" * 100)
     with pytest.raises(
-        ValueError, match=r"features/\w+\.sqlite: .* want an SQLite file that can be read and written"
+        ValueError, match=r"features/\w+\.sqlite: .* wanted an SQLite file that can be read and written"
     ) as caught:
         encoder.encode([record(0, planning="one")], PERSPECTIVES)
     one_line(caught)

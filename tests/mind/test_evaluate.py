@@ -333,21 +333,21 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ({"output": "no/such/folder.json"}, "--output: no/such/folder.json: there is no such folder"),
         ({"output": "/proc/result.json"}, "--output: /proc/result.json: "),  # a folder that nobody can write to
         ({"data": "no.jsonl"}, "no.jsonl: no such file or folder"),
-        ({"data": None, "tasks": "gsm9k"}, "task 'gsm9k' is unknown, want gsm8k, svamp, math500, csqa"),
+        ({"data": None, "tasks": "gsm9k"}, "task 'gsm9k' is unknown, wanted gsm8k, svamp, math500, csqa"),
         ({"data": None, "tasks": "gsm8k=no.jsonl"}, "task gsm8k: no such file: no.jsonl"),
         ({"data": None, "tasks": "gsm8k="}, "task gsm8k: no file behind the ="),
         ({"data": None, "tasks": "gsm8k"}, "task gsm8k: openai/gsm8k cannot be read: "),  # offline
         ({"student": "eos"}, "is tokenised by lm-eval in another way than training does"),
         ({"student": "no/such/student"}, "student 'no/such/student' cannot be loaded"),
-        ({"max-new-tokens": 0}, "max_new_tokens: given 0, want at least 1"),
+        ({"max-new-tokens": 0}, "max_new_tokens: given 0, wanted at least 1"),
         ({"max-new-tokens": 1010}, "exceed the student's 1024 positions"),
-        ({"batch-size": 0}, "batch_size: given 0, want at least 1"),
-        ({"limit": 0}, "limit: given 0, want at least 1"),
-        ({"device": "tpu9"}, "device: given 'tpu9', want cpu, cuda or cuda:0"),
-        ({"device": "meta"}, "device: given 'meta', want cpu, cuda or cuda:0 where there is one"),
+        ({"batch-size": 0}, "batch_size: given 0, wanted at least 1"),
+        ({"limit": 0}, "limit: given 0, wanted at least 1"),
+        ({"device": "tpu9"}, "device: given 'tpu9', wanted cpu, cuda or cuda:0"),
+        ({"device": "meta"}, "device: given 'meta', wanted cpu, cuda or cuda:0 where there is one"),
         ({"backend": "vllm", "device": None}, "--backend vllm: vLLM is not installed"),
-        ({"backend": "vllm"}, "device: given 'cpu' with backend vllm, which chooses its own, want none"),
-        ({"seed": -1}, "argument --seed: given -1, want 0 to 4294967295"),
+        ({"backend": "vllm"}, "device: given 'cpu' with backend vllm, which chooses its own, wanted none"),
+        ({"seed": -1}, "argument --seed: given -1, wanted 0 to 4294967295"),
         ({"backend": "tgi"}, "argument --backend: invalid choice: 'tgi'"),
         ({"answer-suffix": "{answer}"}, "answer_suffix must have text before"),
     ],
@@ -379,10 +379,10 @@ def test_bad_files(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "task gsm8k: row 0 is not a row of this data set" in line and "it has the columns text" in line
     write(other, [{"question": "One and one?", "answer": "It is 2"}])
     line = refused(flags(inputs, output, data=None, tasks=f"gsm8k={other}"), capsys)
-    assert "given 'It is 2', want a solution and its answer behind ####" in line
+    assert "given 'It is 2', wanted a solution and its answer behind ####" in line
     assert "task svamp: " in refused(flags(inputs, output, data=None, tasks=f"svamp={empty}"), capsys)
     output.write_text("{}")
-    assert "result.json exists already, want a new file" in refused(flags(inputs, output), capsys)
+    assert "result.json exists already, wanted a new file" in refused(flags(inputs, output), capsys)
     assert output.read_text() == "{}"
 
 
@@ -390,14 +390,14 @@ def test_results_that_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureF
     good = evaluation(tmp_path / "good.json", {"x": ("in", [1, 0])})
     cases: dict[str, str] = {
         "no.json": "cannot be read: No such file or directory",
-        evaluation(tmp_path / "version.json", {"x": ("in", [1])}, version=2): "is an evaluation of version 2, want 1",
+        evaluation(tmp_path / "version.json", {"x": ("in", [1])}, version=2): "is an evaluation of version 2, wanted 1",
         evaluation(tmp_path / "format.json", {"x": ("in", [1])}, format=None): "is no evaluation",
         evaluation(
             tmp_path / "tasks.json", {}, tasks={"x": {"distribution": "in", "answers": [1]}}
         ): "its tasks are not what",
         evaluation(tmp_path / "fewer.json", {"x": ("in", [1])}): "task x lacks the question 'q1' of the other",
         evaluation(tmp_path / "more.json", {"x": ("in", [1, 0, 1])}): "task x lacks the question 'q2' of the other",
-        evaluation(tmp_path / "others.json", {"z": ("in", [1, 0])}): "want one of both",
+        evaluation(tmp_path / "others.json", {"z": ("in", [1, 0])}): "wanted one of both",
         evaluation(tmp_path / "out.json", {"x": ("out", [1, 0])}): f"task x: {good} has it in distribution and ",
         str(tmp_path / "correct.json"): "correct.json: its tasks are not what mind evaluate writes",
         str(tmp_path / "id.json"): "id.json: its tasks are not what mind evaluate writes",
@@ -416,6 +416,6 @@ def test_results_that_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureF
     line = refused(["evaluate", "--compare", good, good, "--student", "smollm2-135m"], capsys)
     assert "--compare: takes two result files alone" in line
     line = refused(["evaluate", "--compare", good, good, "--limit=1", "--max-new-tokens=9"], capsys)
-    assert line.endswith("want only --output or --seed beside it, not --max-new-tokens, --limit")
+    assert line.endswith("wanted only --output or --seed beside it, not --max-new-tokens, --limit")
     assert "--output is missing" in refused(["evaluate", "--student", "smollm2-135m", "--output", ""], capsys)
     assert not output.exists()

@@ -209,7 +209,7 @@ def test_progress_bar(tokenizer, capsys):
 @pytest.mark.parametrize(
     ("records", "options", "message"),
     [
-        ([], {}, "records is empty, want at least one question to measure accuracy on"),
+        ([], {}, "records is empty, wanted at least one question to measure accuracy on"),
         (RECORDS, {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         (RECORDS, {"batch_size": 0}, "batch_size must be at least 1, got 0"),
         (
@@ -220,7 +220,7 @@ def test_progress_bar(tokenizer, capsys):
         (
             [*RECORDS, Record("s", "Where?", "St. Ives", ())],
             {},
-            "question 's': answer 'St. Ives' is read back as 'St' from '\\nThe answer is {answer}.', want it on one "
+            "question 's': answer 'St. Ives' is read back as 'St' from '\\nThe answer is {answer}.', wanted it on one "
             "line, and another answer_suffix where it holds what ends this one",
         ),
     ],

@@ -215,7 +215,7 @@ def test_a_model_judges_free_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("reply", "message"),
     [
         (refusal(404, "no model j"), "does not know the model or the address (404: no model j)"),
-        (refusal(401, "who?"), "refuses the key (401), want a valid one in the environment"),
+        (refusal(401, "who?"), "refuses the key (401), wanted a valid one in the environment"),
         (refusal(503, "busy"), "answers 503: busy; answers so far are kept, run again to go on"),
     ],
 )
@@ -435,7 +435,7 @@ def test_what_asks_a_server_is_missing(
     [
         (
             refusal(401, f"Incorrect API key provided: {KEY}"),
-            "refuses the key (401), want a valid one in the environment",
+            "refuses the key (401), wanted a valid one in the environment",
         ),
         (refusal(404, "no model m"), "does not know the model or the address (404: no model m)"),
         (
@@ -471,36 +471,39 @@ def test_a_server_that_does_not_answer(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"concurrency": 0}, "concurrency: given 0, want at least 1"),
-        ({"temperature": -1}, "temperature: given -1.0, want a number that is not negative"),
-        ({"temperature": "inf"}, "temperature: given inf, want a number that is not negative"),
-        ({"easy_share": 2}, "easy_share: given 2.0, want a number in [0, 1]"),
-        ({"timeout": 0}, "timeout: given 0.0, want a positive number of seconds"),
+        ({"concurrency": 0}, "concurrency: given 0, wanted at least 1"),
+        ({"temperature": -1}, "temperature: given -1.0, wanted a number that is not negative"),
+        ({"temperature": "inf"}, "temperature: given inf, wanted a number that is not negative"),
+        ({"easy_share": 2}, "easy_share: given 2.0, wanted a number in [0, 1]"),
+        ({"timeout": 0}, "timeout: given 0.0, wanted a positive number of seconds"),
         ({"engine": "magic"}, "argument --engine: invalid choice: 'magic'"),
-        ({"engine": "vllm"}, "base_url: given 'http://127.0.0.1:9/v1' with engine vllm, want one with server only"),
+        ({"engine": "vllm"}, "base_url: given 'http://127.0.0.1:9/v1' with engine vllm, wanted one with server only"),
         ({"engine": "vllm", "base_url": None}, "engine vllm: vLLM is not installed"),
-        ({"base_url": "localhost:8000"}, "base_url: want an address like http://localhost:8000/v1"),
+        ({"base_url": "localhost:8000"}, "base_url: wanted an address like http://localhost:8000/v1"),
         (
             {"base_url": f"http://user:{KEY}@localhost/v1"},
-            "base_url: holds a user name, password or query, want keys in",
+            "base_url: holds a user name, password or query, wanted keys in",
         ),
-        ({"base_url": "http://[::1/v1"}, "base_url: want an address like http://localhost:8000/v1"),
-        ({"base_url": "http://localhost:99999/v1"}, "base_url: want an address like http://localhost:8000/v1"),
+        ({"base_url": "http://[::1/v1"}, "base_url: wanted an address like http://localhost:8000/v1"),
+        ({"base_url": "http://localhost:99999/v1"}, "base_url: wanted an address like http://localhost:8000/v1"),
         (
             {"base_url": "http://ex\u200bample.com/v1"},  # as a page that is copied from may hold it
             "teacher 'm' at http://ex\u200bample.com/v1: the address cannot be used (InvalidURL: ",
         ),
-        ({"base_url": f"http://user:{KEY}"}, "base_url: want an address like http://localhost:8000/v1"),
+        ({"base_url": f"http://user:{KEY}"}, "base_url: wanted an address like http://localhost:8000/v1"),
         (
             {"base_url": f"http://localhost/v1?key={KEY}"},
-            "base_url: holds a user name, password or query, want keys in",
+            "base_url: holds a user name, password or query, wanted keys in",
         ),
-        ({"api_key_env": KEY}, "api_key_env: want the name of an environment variable that holds the key, not the key"),
+        (
+            {"api_key_env": KEY},
+            "api_key_env: wanted the name of an environment variable that holds the key, not the key",
+        ),
         ({"api_key_env": "NO_SUCH_VARIABLE"}, "api_key_env: no environment variable of this name is set"),
-        ({"extra_body": "{"}, "extra_body: given '{', want a JSON object: "),
-        ({"extra_body": "[1]"}, "extra_body: given '[1]', want a JSON object"),
-        ({"extra_body": '{"top_p": NaN}'}, "extra_body: given '{\"top_p\": NaN}', want a JSON object: "),
-        ({"top_logprobs": 5}, "student: not given, want the one whose tokens top_logprobs are aligned to"),
+        ({"extra_body": "{"}, "extra_body: given '{', wanted a JSON object: "),
+        ({"extra_body": "[1]"}, "extra_body: given '[1]', wanted a JSON object"),
+        ({"extra_body": '{"top_p": NaN}'}, "extra_body: given '{\"top_p\": NaN}', wanted a JSON object: "),
+        ({"top_logprobs": 5}, "student: not given, wanted the one whose tokens top_logprobs are aligned to"),
         ({"student": "smollm2-135m"}, "student: given without top_logprobs, where it has no effect"),
         (
             {"base_url": None, "extra_body": '{"top_p": 1}'},
@@ -522,19 +525,19 @@ def test_a_server_that_does_not_answer(
         ),
         (
             {"judge": "j", "judge_base_url": "localhost:8000"},
-            "judge_base_url: want an address like http://localhost:8000/v1",
+            "judge_base_url: wanted an address like http://localhost:8000/v1",
         ),
         (
             {"judge": "j", "judge_base_url": f"http://user:{KEY}@localhost/v1"},
-            "judge_base_url: holds a user name, password or query, want keys in",
+            "judge_base_url: holds a user name, password or query, wanted keys in",
         ),
         ({"answer_suffix": "no placeholder"}, 'answer_suffix must contain "{answer}" exactly once'),
         ({"prompts": "no/such"}, "prompts: no/such is no folder"),
         ({"data": "no/such.jsonl"}, "no/such.jsonl: no such file or folder"),
-        ({"output": "no/such/out.jsonl"}, "output: no/such is no folder, want one to write out.jsonl in"),
-        ({"output": "."}, "output: given '.', want a file"),
+        ({"output": "no/such/out.jsonl"}, "output: no/such is no folder, wanted one to write out.jsonl in"),
+        ({"output": "."}, "output: given '.', wanted a file"),
         ({"output": "/proc/out.jsonl"}, "output: /proc cannot be written to: "),  # nobody can
-        ({"seed": 2**64}, "seed: given 18446744073709551616, want 0 to 4294967295"),
+        ({"seed": 2**64}, "seed: given 18446744073709551616, wanted 0 to 4294967295"),
         ({"betta": 1}, "unrecognized arguments: --betta=1"),
         ({"teacher": None}, "the following arguments are required: --teacher"),
     ],
@@ -547,7 +550,7 @@ def test_settings(changes: dict[str, Any], message: str, tmp_path: Path, capsys:
 
 def test_an_empty_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "questions.jsonl", [])
-    assert refused(tmp_path, capsys).endswith("questions.jsonl: no records, want at least one")
+    assert refused(tmp_path, capsys).endswith("questions.jsonl: no records, wanted at least one")
     assert_no_output(tmp_path)
 
 
@@ -583,7 +586,7 @@ def test_a_folder_stands_where_a_file_is_to_be_written(
 ) -> None:
     (tmp_path / "out.ledger.jsonl").touch()
     (tmp_path / name).mkdir()
-    assert refused(tmp_path, capsys) == f"output: {tmp_path / name} is a folder, want a file or nothing there"
+    assert refused(tmp_path, capsys) == f"output: {tmp_path / name} is a folder, wanted a file or nothing there"
 
 
 def test_fields_of_a_request(tmp_path: Path) -> None:

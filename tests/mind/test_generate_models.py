@@ -181,7 +181,7 @@ def test_what_a_real_server_refuses(
         ({"extra_body": '{"bogus": 1}'}, "refuses the request of question 'q0' (422: "),
         (
             {"top_logprobs": 5, "student": tiny},
-            "returns no log-probabilities, want a server that does, or top_logprobs 0",
+            "returns no log-probabilities, wanted a server that does, or top_logprobs 0",
         ),
         ({"base_url": served + "/v2"}, "does not know the model or the address (404: "),
     ):
@@ -302,7 +302,7 @@ def test_vllm_is_given_what_fits_its_context(tiny: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HOME", str(tiny.parent))
     VLLMTeacher(f"~/{tiny.name}", Sampling(max_tokens=20)).answer_all(requests[:1], sink, proven=True)
     with pytest.raises(
-        ValueError, match=r"^teacher './nowhere': no such folder, want a folder saved by save_pretrained"
+        ValueError, match=r"^teacher './nowhere': no such folder, wanted a folder saved by save_pretrained"
     ):
         VLLMTeacher("./nowhere", Sampling()).answer_all(requests, sink, proven=True)
     for name, length in (("1", prompt + 69), ("3", prompt + 199)):
@@ -314,7 +314,7 @@ def test_vllm_is_given_what_fits_its_context(tiny: Path, monkeypatch: pytest.Mon
         teacher.answer_all(requests, sink, proven=False)
     tokenizer.chat_template = None
     with pytest.raises(
-        GenerateError, match=rf"^teacher '{tiny}': its tokenizer has no chat template, want an instruct"
+        GenerateError, match=rf"^teacher '{tiny}': its tokenizer has no chat template, wanted an instruct"
     ):
         teacher.answer_all(requests, sink, proven=True)
 
@@ -364,10 +364,14 @@ def test_local_log_probabilities(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("teacher", "changes", "message"),
     [
-        ("no_template", {}, "its tokenizer has no chat template, want an instruct model"),
+        ("no_template", {}, "its tokenizer has no chat template, wanted an instruct model"),
         ("tiny", {"max_tokens": 1000}, "question 'q0': "),
-        ("absent", {}, "want smollm2-135m or gemma3-270m, a Hugging Face causal LM folder"),
-        ("tiny", {"top_logprobs": 301, "student": "tiny"}, "top_logprobs: given 301, want at most 300, the tokens of "),
+        ("absent", {}, "wanted smollm2-135m or gemma3-270m, a Hugging Face causal LM folder"),
+        (
+            "tiny",
+            {"top_logprobs": 301, "student": "tiny"},
+            "top_logprobs: given 301, wanted at most 300, the tokens of ",
+        ),
         ("tiny", {"top_logprobs": 3, "student": "no/such"}, "student: the tokenizer of 'no/such' cannot be loaded"),
     ],
 )
@@ -396,9 +400,9 @@ def test_models_that_answer_last_are_looked_for_first(
         line = refused(tmp_path, capsys, server.url, difficulty_student="no/such")
         assert line.startswith("difficulty_student: the tokenizer of 'no/such' cannot be loaded (")
         line = refused(tmp_path, capsys, server.url, difficulty_student=no_template)
-        assert line == f"difficulty_student: '{no_template}' has no chat template, want an instruct model"
+        assert line == f"difficulty_student: '{no_template}' has no chat template, wanted an instruct model"
         line = refused(tmp_path, capsys, server.url, difficulty_student="./nowhere")
-        assert line == "difficulty_student './nowhere': no such folder, want a folder saved by save_pretrained"
+        assert line == "difficulty_student './nowhere': no such folder, wanted a folder saved by save_pretrained"
         assert server.bodies == []
     line = refused(tmp_path, capsys, None, teacher=tiny, judge="no/such")
     assert line.startswith("judge: the tokenizer of 'no/such' cannot be loaded (")
@@ -419,7 +423,10 @@ def test_models_that_answer_last_are_loaded_first(
         for role in ("judge", "difficulty_student"):
             url, teacher = ("", tiny) if role == "judge" else (server.url, "m")
             for name, message in (
-                ("no_weights", " cannot be loaded: want smollm2-135m or gemma3-270m, a Hugging Face causal LM folder"),
+                (
+                    "no_weights",
+                    " cannot be loaded: wanted smollm2-135m or gemma3-270m, a Hugging Face causal LM folder",
+                ),
                 ("small", ": question 'q': "),
             ):
                 changes = given | {"base_url": url or None, "teacher": teacher, role: tmp_path / name}

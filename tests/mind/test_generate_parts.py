@@ -63,17 +63,17 @@ def test_an_extra_perspective_is_an_extra_file(tmp_path: Path) -> None:
     marked = b"\xef\xbb\xbf" + (tmp_path / "mine" / "by_drawing.txt").read_bytes()
     (tmp_path / "mine" / "by_drawing.txt").write_bytes(marked)  # as some editors write UTF-8
     assert read_prompts(tmp_path / "mine") == prompts
-    with pytest.raises(GenerateError, match="exists already, want a new folder"):
+    with pytest.raises(GenerateError, match="exists already, wanted a new folder"):
         copy_prompts(tmp_path / "mine")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"Say {question}", "a.txt holds {answer_line} 0 times, want it once"),
-        (b"{question} {question} {answer_line}", "a.txt holds {question} 2 times, want it once"),
+        (b"Say {question}", "a.txt holds {answer_line} 0 times, wanted it once"),
+        (b"{question} {question} {answer_line}", "a.txt holds {question} 2 times, wanted it once"),
         (b"\xff {question} {answer_line}", "a.txt cannot be read: "),
-        (None, "holds no .txt file, want one for each perspective"),
+        (None, "holds no .txt file, wanted one for each perspective"),
     ],
 )
 def test_prompts_that_cannot_be_used(content: bytes | None, message: str, tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def divergence_of(
         (lambda path: path.write_bytes(b"nonsense"), "cannot be read as log-probabilities of mind generate"),
         (lambda path: path.unlink(), "cannot be read as log-probabilities of mind generate"),
         (lambda path: stored(path, words_tokenizer()), "perspective 'x': holds other tokens than the rationale"),
-        (lambda path: write_topk(path, [], K), "holds none of the rationales, want the file made with this data"),
+        (lambda path: write_topk(path, [], K), "holds none of the rationales, wanted the file made with this data"),
     ],
 )
 def test_files_that_cannot_be_used(spoil: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
@@ -389,8 +389,8 @@ def test_a_tokenizer_of_smaller_tokens_is_refused(
 @pytest.mark.parametrize(
     ("logprobs", "message"),
     [
-        (None, "returns no log-probabilities, want a server that does, or top_logprobs 0"),
-        ({"content": []}, "returns no log-probabilities, want a server that does, or top_logprobs 0"),
+        (None, "returns no log-probabilities, wanted a server that does, or top_logprobs 0"),
+        ({"content": []}, "returns no log-probabilities, wanted a server that does, or top_logprobs 0"),
         ({"content": [{"logprob": 1}]}, "answers what is no chat completion (KeyError: 'top_logprobs')"),
         (
             {"content": [{"token": "a", "top_logprobs": [{"token": "a", "logprob": "x"}]}]},
@@ -440,7 +440,7 @@ def test_a_local_teacher_into_a_training_run(tmp_path: Path, tiny: Path, capsys:
     )
     capsys.readouterr()
     assert main(["train", *(f"--{name}={value}" for name, value in (run | {"teacher": tiny}).items())]) == 2
-    assert "teacher_topk: given beside teacher, want one of the two" in capsys.readouterr().err
+    assert "teacher_topk: given beside teacher, wanted one of the two" in capsys.readouterr().err
 
 
 def test_a_local_teacher_of_another_vocabulary(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -268,18 +268,18 @@ def refused(name: object, **options: object) -> str:
 def test_attention(folder):
     assert load_student(folder)[0].config._attn_implementation == "sdpa"
     assert load_student(folder, attn_implementation="eager")[0].config._attn_implementation == "eager"
-    assert "cannot be loaded with attn_implementation 'sdp': want" in refused(folder, attn_implementation="sdp")
+    assert "cannot be loaded with attn_implementation 'sdp': wanted" in refused(folder, attn_implementation="sdp")
     assert "attn_implementation" not in refused("nobody/nothing")
 
 
 def test_unknown_students(tmp_path):
-    assert "want smollm2-135m or gemma3-270m" in refused("smollm3")
-    assert "want smollm2-135m or gemma3-270m" in refused("nobody/nothing")
+    assert "wanted smollm2-135m or gemma3-270m" in refused("smollm3")
+    assert "wanted smollm2-135m or gemma3-270m" in refused("nobody/nothing")
     for name in ("./nowhere", "/nowhere/model", "~/nowhere-model", f"{tmp_path}/gone/"):
-        assert refused(name).endswith("no such folder, want a folder saved by save_pretrained")
+        assert refused(name).endswith("no such folder, wanted a folder saved by save_pretrained")
     (tmp_path / "file").write_text("")
     assert "no such folder" in refused(tmp_path / "file")
-    assert "cannot be loaded: want" in refused(tmp_path)  # a folder without a model
+    assert "cannot be loaded: wanted" in refused(tmp_path)  # a folder without a model
 
 
 @pytest.mark.parametrize(("name", "missing"), [("smollm2-135m", 1), ("gemma3-270m", 5)])

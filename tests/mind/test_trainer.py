@@ -763,7 +763,7 @@ def test_measured_before_and_after_training(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["evaluate", "predict"])
 def test_trainers_own_evaluation_names_ours(method: str, tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"want measure_losses\(dataset\) for .* mind\.evaluation\.measure_accuracy"):
+    with pytest.raises(TypeError, match=r"wanted measure_losses\(dataset\) for .* mind\.evaluation\.measure_accuracy"):
         getattr(make_trainer(tmp_path), method)(tiny_dataset())
 
 
@@ -923,13 +923,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"dataset": PERSPECTIVES[:3]}, "has K = 4 perspectives (formal_symbolic, intuitive, decomposition, planning)"),
         ({"dataset": (*PERSPECTIVES[:3], "socratic")}, "perspective 'planning' is unknown"),
         ({"dataset": tuple(reversed(PERSPECTIVES))}, "orders its perspectives formal_symbolic, intuitive"),
-        ({"method": "no_fusion"}, "was trained with method 'mind', want 'no_fusion'"),
+        ({"method": "no_fusion"}, "was trained with method 'mind', wanted 'no_fusion'"),
         ({"questions": 7}, "was trained on 8 other questions"),
         (
             {"answer_suffix": "\nAnswer: {answer}"},
-            "was trained with answer_suffix '\\nThe answer is {answer}.', want train_dataset's '\\nAnswer: {answer}'",
+            "was trained with answer_suffix '\\nThe answer is {answer}.', wanted train_dataset's '\\nAnswer: {answer}'",
         ),
-        ({"assistant_hidden_size": 16}, "its teaching assistant has hidden_size = 8, want 16"),
+        ({"assistant_hidden_size": 16}, "its teaching assistant has hidden_size = 8, wanted 16"),
     ],
 )
 def test_a_checkpoint_of_another_run(changes: dict[str, Any], message: str, checkpoint: Path, tmp_path: Path) -> None:
@@ -942,7 +942,7 @@ def test_a_checkpoint_of_another_run(changes: dict[str, Any], message: str, chec
 
 def test_not_a_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
     trainer = make_trainer(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"holds no mind_state\.pt, want a checkpoint written by MindTrainer"):
+    with pytest.raises(ValueError, match=r"holds no mind_state\.pt, wanted a checkpoint written by MindTrainer"):
         trainer.train(resume_from_checkpoint=str(tmp_path))
     with pytest.raises(ValueError, match="holds no whole checkpoint"):
         trainer.train(resume_from_checkpoint=True)
@@ -999,41 +999,55 @@ def test_a_student_that_is_not_finite_from_the_start(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     (three,) = set(trainer.train_dataset[3].prompt_ids) - set(trainer.train_dataset[2].prompt_ids)
     trainer.model.get_input_embeddings().weight.data[three] = math.nan
-    with pytest.raises(ValueError, match=r"^step 1: the student's loss is nan, want a finite number; questions 'q3'$"):
+    with pytest.raises(
+        ValueError, match=r"^step 1: the student's loss is nan, wanted a finite number; questions 'q3'$"
+    ):
         trainer.train()
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("beta", 1.5, "beta: given 1.5, want a number in [0, 1]"),
-        ("beta", math.nan, "beta: given nan, want a number in [0, 1]"),
-        ("tau", 0.0, "tau: given 0.0, want a positive number"),
-        ("tau_student", -1.0, "tau_student: given -1.0, want a positive number"),
-        ("consistency_weight", -0.1, "consistency_weight: given -0.1, want a number that is not negative"),
-        ("kl_weight", -0.1, "kl_weight: given -0.1, want a number that is not negative"),
-        ("kl_beta", 1.0, "kl_beta: given 1.0, want a number in (0, 1)"),
-        ("kl_divergence", "js", "kl_divergence: given 'js', want one of forward, reverse, jsd"),
-        ("kl_temperature_power", 1, "kl_temperature_power: given 1, want one of 0, 2"),
-        ("method", "magic", "method: given 'magic', want one of mind, "),
-        ("assistant_hidden_size", 9, "assistant_hidden_size: given 9, want a multiple of 2 and of assistant_heads = 2"),
-        ("assistant_dropout", 1.0, "assistant_dropout: given 1.0, want a number in [0, 1)"),
-        ("assistant_window", 0, "assistant_window: given 0, want a positive number"),
-        ("assistant_warmup_epochs", -1, "assistant_warmup_epochs: given -1, want a number that is not negative"),
-        ("loss_ema", 1.0, "loss_ema: given 1.0, want a number in [0, 1)"),
+        ("beta", 1.5, "beta: given 1.5, wanted a number in [0, 1]"),
+        ("beta", math.nan, "beta: given nan, wanted a number in [0, 1]"),
+        ("tau", 0.0, "tau: given 0.0, wanted a positive number"),
+        ("tau_student", -1.0, "tau_student: given -1.0, wanted a positive number"),
+        ("consistency_weight", -0.1, "consistency_weight: given -0.1, wanted a number that is not negative"),
+        ("kl_weight", -0.1, "kl_weight: given -0.1, wanted a number that is not negative"),
+        ("kl_beta", 1.0, "kl_beta: given 1.0, wanted a number in (0, 1)"),
+        ("kl_divergence", "js", "kl_divergence: given 'js', wanted one of forward, reverse, jsd"),
+        ("kl_temperature_power", 1, "kl_temperature_power: given 1, wanted one of 0, 2"),
+        ("method", "magic", "method: given 'magic', wanted one of mind, "),
+        (
+            "assistant_hidden_size",
+            9,
+            "assistant_hidden_size: given 9, wanted a multiple of 2 and of assistant_heads = 2",
+        ),
+        ("assistant_dropout", 1.0, "assistant_dropout: given 1.0, wanted a number in [0, 1)"),
+        ("assistant_window", 0, "assistant_window: given 0, wanted a positive number"),
+        ("assistant_warmup_epochs", -1, "assistant_warmup_epochs: given -1, wanted a number that is not negative"),
+        ("loss_ema", 1.0, "loss_ema: given 1.0, wanted a number in [0, 1)"),
         ("answer_suffix", "The end.", 'answer_suffix must contain "{answer}" exactly once'),
-        ("max_length", 0, "max_length: given 0, want a positive number"),
-        ("num_train_epochs", -1, "num_train_epochs: given -1, want a positive number, or max_steps"),
-        ("num_train_epochs", math.nan, "num_train_epochs: given nan, want a positive number, or max_steps"),
-        ("max_logits_bytes", 0, "max_logits_bytes: given 0, want a positive number"),
-        ("lora_r", 0, "lora_r: given 0, want a positive number"),
-        ("eval_strategy", "steps", "eval_strategy: given 'steps', want 'no': held-out accuracy is measured"),
-        ("eval_on_start", True, "eval_on_start: given True, want False: held-out accuracy is measured"),
-        ("label_smoothing_factor", 0.1, "label_smoothing_factor: given 0.1, want 0.0: the fused loss"),
-        ("remove_unused_columns", True, "remove_unused_columns: given True, want False"),
-        ("dataloader_num_workers", 2, "dataloader_num_workers: given 2, want 0: questions are tokenised and in memory"),
-        ("fsdp", "full_shard", "fsdp: given 'full_shard', want None: a rank measures rationales that others have not"),
-        ("deepspeed", "zero3.json", "deepspeed: given 'zero3.json', want None: a rank measures rationales"),
+        ("max_length", 0, "max_length: given 0, wanted a positive number"),
+        ("num_train_epochs", -1, "num_train_epochs: given -1, wanted a positive number, or max_steps"),
+        ("num_train_epochs", math.nan, "num_train_epochs: given nan, wanted a positive number, or max_steps"),
+        ("max_logits_bytes", 0, "max_logits_bytes: given 0, wanted a positive number"),
+        ("lora_r", 0, "lora_r: given 0, wanted a positive number"),
+        ("eval_strategy", "steps", "eval_strategy: given 'steps', wanted 'no': held-out accuracy is measured"),
+        ("eval_on_start", True, "eval_on_start: given True, wanted False: held-out accuracy is measured"),
+        ("label_smoothing_factor", 0.1, "label_smoothing_factor: given 0.1, wanted 0.0: the fused loss"),
+        ("remove_unused_columns", True, "remove_unused_columns: given True, wanted False"),
+        (
+            "dataloader_num_workers",
+            2,
+            "dataloader_num_workers: given 2, wanted 0: questions are tokenised and in memory",
+        ),
+        (
+            "fsdp",
+            "full_shard",
+            "fsdp: given 'full_shard', wanted None: a rank measures rationales that others have not",
+        ),
+        ("deepspeed", "zero3.json", "deepspeed: given 'zero3.json', wanted None: a rank measures rationales"),
     ],
 )
 def test_settings_out_of_range(field: str, value: Any, message: str, tmp_path: Path) -> None:
@@ -1071,16 +1085,16 @@ def test_bf16_where_the_device_has_instructions_for_it(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"golden_perspective": "poetry"}, "golden_perspective: given 'poetry', want one of formal_symbolic"),
+        ({"golden_perspective": "poetry"}, "golden_perspective: given 'poetry', wanted one of formal_symbolic"),
         (
             {"golden_perspective": "decomposition", "method": "single_path"},
             "golden_perspective: question 'q1' has no 'decomposition'",
         ),
         ({"kl_weight": 0.1}, "teacher: given none with kl_weight = 0.1"),
         ({"teacher": "small"}, "teacher: given one with kl_weight = 0.0"),
-        ({"teacher": "small", "kl_weight": 1.0}, "teacher: has 280 tokens in its vocabulary, want the student's 300"),
-        ({"student": "small"}, "want tokens below the student's vocabulary of 200: is this its tokenizer?"),
-        ({"student": "short"}, "tokens, want at most the student's 64 positions: shorten it"),
+        ({"teacher": "small", "kl_weight": 1.0}, "teacher: has 280 tokens in its vocabulary, wanted the student's 300"),
+        ({"student": "small"}, "wanted tokens below the student's vocabulary of 200: is this its tokenizer?"),
+        ({"student": "short"}, "tokens, wanted at most the student's 64 positions: shorten it"),
         ({"dataset": "no features"}, "train_dataset: has no features"),
     ],
 )
@@ -1105,20 +1119,22 @@ def test_measured_questions_are_not_longer_than_the_students_positions(tmp_path:
     trainer = make_trainer(tmp_path)
     record = raw_records(1)[0] | {"question": "Why? " * 100}
     longer = MindDataset(load_records([record]), tiny_tokenizer(), perspectives=PERSPECTIVES)
-    with pytest.raises(ValueError, match=r"^question 'q0' takes \d+ tokens, want at most the student's 512 positions"):
+    with pytest.raises(
+        ValueError, match=r"^question 'q0' takes \d+ tokens, wanted at most the student's 512 positions"
+    ):
         trainer.measure_losses(longer)
 
 
 def test_types_that_do_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="args: given dict, want MindConfig"):
+    with pytest.raises(TypeError, match="args: given dict, wanted MindConfig"):
         MindTrainer(tiny_student(), {}, tiny_dataset(), processing_class=tiny_tokenizer())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="train_dataset: given list, want MindDataset"):
+    with pytest.raises(TypeError, match="train_dataset: given list, wanted MindDataset"):
         MindTrainer(tiny_student(), config(tmp_path), [], processing_class=tiny_tokenizer())  # type: ignore[arg-type]
     for model in ("gpt2", nn.Linear(2, 2)):
-        with pytest.raises(TypeError, match=f"model: given {type(model).__name__}, want PreTrainedModel"):
+        with pytest.raises(TypeError, match=f"model: given {type(model).__name__}, wanted PreTrainedModel"):
             make_trainer(tmp_path, model)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="model: LlamaModel has no output embeddings, want a causal language model"):
+    with pytest.raises(ValueError, match="model: LlamaModel has no output embeddings, wanted a causal language model"):
         make_trainer(tmp_path, tiny_student().model)
-    with pytest.raises(TypeError, match="teacher: given str, want PreTrainedModel or TopKTeacher"):
+    with pytest.raises(TypeError, match="teacher: given str, wanted PreTrainedModel or TopKTeacher"):
         make_trainer(tmp_path, teacher="gpt2", kl_weight=0.5)
     assert tiny_dataset().feature_dim == FEATURE_DIM
