@@ -18,7 +18,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 
-BAD_INPUT = 2  # exit status
+BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; the second is the shells' own of Ctrl-C
 USAGE = """usage: mind <command> [--help] …
 
   mind generate   have a teacher write rationales for questions, and keep what is right
@@ -120,7 +120,7 @@ class RunArguments:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0, or 2 after one line on stderr about bad input.
+    """Runs the command line and returns the exit status: 0, or after one line on stderr 2 of bad input, 130 of Ctrl-C.
 
     An error that no module of this project raised is a bug or a broken machine: it passes with its traceback.
     """
@@ -155,6 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"mind: error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:
+        print("\nmind: interrupted", file=sys.stderr)  # behind a progress bar
+        return INTERRUPTED
     return 0
 
 
