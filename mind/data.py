@@ -127,7 +127,7 @@ def _read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(file, start=1):
             place = f"{path}:{number}"
             try:
-                text = line.decode("utf-8")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise DataError(f"{place}: byte {error.start} is not UTF-8, wanted a UTF-8 file") from error
             if not text.strip():

@@ -49,6 +49,12 @@ def test_all_sources_give_the_same_records(source: str, tmp_path: Path) -> None:
     assert records[2].rationales[0].answer == "4"
 
 
+def test_a_byte_order_mark_at_the_beginning_is_none_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(raw_records(1)[0]).encode() + b"\r\n")
+    assert load_records(path) == load_records(raw_records(1))
+
+
 def test_blank_lines_and_further_fields_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("\n" + json.dumps(raw_records(1)[0] | {"url": "…"}) + "\n\n", encoding="utf-8")
