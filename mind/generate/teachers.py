@@ -226,7 +226,12 @@ class ServerTeacher:
         try:
             payload = json.loads(content)
             choice = payload["choices"][0]
-            text, finish_reason = choice["message"]["content"], choice.get("finish_reason") or "stop"
+            message, finish_reason = choice["message"], choice.get("finish_reason") or "stop"
+            text = message["content"]
+            if isinstance(text, list):  # in parts, of which a reasoning model's "thinking" is not its answer
+                text = "".join(part["text"] for part in text if part["type"] == "text")
+            if text is None and message.get("refusal"):
+                return Answer("", finish_reason="refused", refusal=self._clean(message["refusal"]))
             if text is None and finish_reason in ("length", "content_filter"):
                 text = ""
             text.encode("utf-8")  # half a character, "\ud800", is in no text

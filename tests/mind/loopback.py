@@ -26,8 +26,8 @@ class Reply:
     cut: int | None = None
 
 
-def completion(text: str | None, finish_reason: str = "stop", logprobs: Any = None) -> Reply:
-    message = {"role": "assistant", "content": text}
+def completion(content: Any, finish_reason: str = "stop", logprobs: Any = None, **message: Any) -> Reply:
+    message = {"role": "assistant", "content": content} | message
     choice = {"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": logprobs}
     usage = {"prompt_tokens": 20, "completion_tokens": 10, "total_tokens": 30}
     payload = {"id": "x", "object": "chat.completion", "model": "m", "choices": [choice], "usage": usage}

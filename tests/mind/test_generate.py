@@ -157,6 +157,22 @@ def test_wrong_rationales_are_dropped_and_counted(tmp_path: Path, capsys: pytest
     assert report["perspectives"]["planning"]["yield"] == 0.75
 
 
+def test_an_answer_in_parts_and_a_refusal_in_its_own_field(tmp_path: Path) -> None:
+    def in_parts(body: dict[str, Any], number: int) -> Reply:
+        if number == 1:  # the first of a run must not be refused
+            return completion(None, refusal="I would rather not")
+        text = json.loads(solve(body, number).body)["choices"][0]["message"]["content"]
+        thought = {"type": "thinking", "thinking": [{"type": "text", "text": "The answer is 99."}]}
+        return completion([thought, {"type": "text", "text": text[:9]}, {"type": "text", "text": text[9:]}])
+
+    with loopback(in_parts) as server:
+        report = generate(tmp_path, server.url, concurrency=1)
+        assert len(server.bodies) == 32
+    reasons = [part["dropped"] for part in report["perspectives"].values() if part["dropped"]]
+    assert reasons == [{"refused by the model": 1}]
+    assert sum(len(record.rationales) for record in load_records(tmp_path / "out.jsonl")) == 31
+
+
 def test_easy_questions_are_down_sampled(tmp_path: Path) -> None:
     with loopback(varied) as server:
         report = generate(tmp_path, server.url, easy_share=0.34)
