@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from accelerate.utils import DynamoBackend
@@ -16,6 +16,8 @@ from transformers.utils import is_torch_bf16_available_on_device
 
 from mind.prompting import PromptFormat
 
+NO_WORKERS = "questions are tokenised and in memory, which a process of its own would only copy"
+ONE_PRECISION = "losses and answers are measured in the precision of training"
 SHARDING = "a rank measures rationales that others have not, and sharded ranks must read together"
 # Settings of TrainingArguments that the trainer does not do: (name, the only value, why). Their help says so too.
 REFUSED = (
@@ -27,7 +29,13 @@ REFUSED = (
     ("include_num_input_tokens_seen", "no", "supervised tokens per second are logged instead"),
     ("remove_unused_columns", False, "batches are questions, not columns"),
     ("push_to_hub", False, "what is uploaded is renamed meanwhile; upload output_dir/student after the run"),
-    ("dataloader_num_workers", 0, "questions are tokenised and in memory, which a process of its own would only copy"),
+    ("enable_jit_checkpoint", False, "it saves within a step; a run that was ended goes on from its last checkpoint"),
+    ("bf16_full_eval", False, ONE_PRECISION),
+    ("fp16_full_eval", False, ONE_PRECISION),
+    ("dataloader_num_workers", 0, NO_WORKERS),
+    ("dataloader_persistent_workers", False, NO_WORKERS),
+    ("dataloader_prefetch_factor", None, NO_WORKERS),
+    ("dataloader_multiprocessing_context", None, NO_WORKERS),
     ("fsdp", None, SHARDING),
     ("deepspeed", None, SHARDING),
     ("parallelism_config", None, SHARDING),
@@ -214,6 +222,13 @@ class MindConfig(TrainingArguments):
         },
     )
 
+    liger_kernel_config: dict[str, Any] | str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "With use_liger_kernel: JSON of which kernels to use; not the loss, which is fused already."},
+    )
+    # Those given as JSON
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "liger_kernel_config"]  # noqa: RUF012
+
     def __post_init__(self) -> None:
         positive = (
             "tau",
@@ -228,11 +243,12 @@ class MindConfig(TrainingArguments):
             "lora_r",
             "lora_alpha",
             "per_device_train_batch_size",
+            "per_device_eval_batch_size",
             "gradient_accumulation_steps",
         )
         for name in positive:
             self._want(name, getattr(self, name) > 0, "a positive number")
-        for name in ("consistency_weight", "kl_weight", "assistant_warmup_epochs"):
+        for name in ("consistency_weight", "kl_weight", "assistant_warmup_epochs", "weight_decay"):
             self._want(name, getattr(self, name) >= 0, "a number that is not negative")
         for name in ("assistant_dropout", "lora_dropout", "loss_ema", "gradient_tolerance"):
             self._want(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
@@ -263,9 +279,11 @@ class MindConfig(TrainingArguments):
         self._want("save_strategy", self.save_strategy != "best", "no, steps or epoch: nothing is evaluated in between")
         by_itself = getattr(self, "train_sampling_strategy", "random") in ("random", "sequential")  # not in the oldest
         self._want("train_sampling_strategy", by_itself, "random or sequential: a batch is made of questions")
-        if self.use_liger_kernel:
-            fused = (self.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
-            self._want("liger_kernel_config", not fused, '{"fused_linear_cross_entropy": false}: the loss is fused')
+        given = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        blind = given not in ("reduce_lr_on_plateau", "greedy")
+        self._want("lr_scheduler_type", blind, "one that follows no evaluation: nothing is evaluated in between")
+        noise = self.neftune_noise_alpha
+        self._want("neftune_noise_alpha", noise is None or noise >= 0, "a number that is not negative")
         if self.learning_rate is None:
             self.learning_rate = 1e-4 if self.use_lora else 1e-5
         self._want("learning_rate", self.learning_rate >= 0, "a number that is not negative")
@@ -276,10 +294,26 @@ class MindConfig(TrainingArguments):
                 "bf16: given True on a device without bfloat16 instructions, where it is slower than float32",
                 stacklevel=3,
             )
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if self.ddp_backend is None or "process group has not been initialized" not in str(error):
+                raise
+            raise ValueError(
+                f"ddp_backend: given {self.ddp_backend!r} in a process by itself, wanted None, or torchrun to launch it"
+            ) from error
+        on_cpu = self.device.type == "cpu"
+        self._want("fp16", not (self.fp16 and on_cpu), "False on a CPU, where it would train in float32, or bf16")
+        if self.use_liger_kernel:
+            self._want("use_liger_kernel", not on_cpu, "False on a CPU, for which Liger has no kernels")
+            chosen = self.liger_kernel_config or {}
+            plain = isinstance(chosen, dict) and not chosen.get("fused_linear_cross_entropy", False)
+            self._want("liger_kernel_config", plain, 'JSON with "fused_linear_cross_entropy": false: the loss is fused')
+            self.liger_kernel_config = {"fused_linear_cross_entropy": False, **chosen}  # type: ignore[dict-item]
         for name, value, reason in (
             ("split_batches", False, "per_device_train_batch_size says how many questions a rank reads at a time"),
             ("dispatch_batches", None, "each rank reads its own questions"),
+            ("use_seedable_sampler", True, "a resumed run would read some questions twice and others not at all"),
             ("even_batches", True, "a rank with fewer batches than another would leave it waiting"),
         ):
             option = getattr(self.accelerator_config, name)

@@ -1091,6 +1091,24 @@ def test_bf16_where_the_device_has_instructions_for_it(
             "golden_perspective: question 'q1' has no 'decomposition'",
         ),
         ({"kl_weight": 0.1}, "teacher: given none with kl_weight = 0.1"),
+        ("dataloader_persistent_workers", True, "dataloader_persistent_workers: given True, wanted False: questions"),
+        ("dataloader_multiprocessing_context", "fork", "dataloader_multiprocessing_context: given 'fork', wanted None"),
+        ("dataloader_prefetch_factor", 2, "dataloader_prefetch_factor: given 2, wanted None: questions are tokenised"),
+        ("bf16_full_eval", True, "bf16_full_eval: given True, wanted False: losses and answers are measured in the"),
+        ("fp16_full_eval", True, "fp16_full_eval: given True, wanted False: losses and answers are measured in the"),
+        ("enable_jit_checkpoint", True, "enable_jit_checkpoint: given True, wanted False: it saves within a step"),
+        ("per_device_eval_batch_size", 0, "per_device_eval_batch_size: given 0, wanted a positive number"),
+        ("weight_decay", -0.1, "weight_decay: given -0.1, wanted a number that is not negative"),
+        ("neftune_noise_alpha", -5.0, "neftune_noise_alpha: given -5.0, wanted a number that is not negative"),
+        ("lr_scheduler_type", "greedy", "lr_scheduler_type: given 'greedy', wanted one that follows no evaluation"),
+        ("fp16", True, "fp16: given True, wanted False on a CPU, where it would train in float32, or bf16"),
+        ("ddp_backend", "gloo", "ddp_backend: given 'gloo' in a process by itself, wanted None, or torchrun"),
+        ("use_liger_kernel", True, "use_liger_kernel: given True, wanted False on a CPU, for which Liger has no"),
+        (
+            "accelerator_config",
+            {"use_seedable_sampler": False},
+            "accelerator_config: given use_seedable_sampler = False, wanted True: a resumed run would read some",
+        ),
         ({"teacher": "small"}, "teacher: given one with kl_weight = 0.0"),
         ({"teacher": "small", "kl_weight": 1.0}, "teacher: has 280 tokens in its vocabulary, wanted the student's 300"),
         ({"student": "small"}, "wanted tokens below the student's vocabulary of 200: is this its tokenizer?"),
@@ -1099,6 +1117,19 @@ def test_bf16_where_the_device_has_instructions_for_it(
     ],
 )
 def test_arguments_that_do_not_fit(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_liger_leaves_the_loss_to_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MindConfig, "device", torch.device("cuda"))
+    flags = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--use_liger_kernel", "true"]
+    unfused = {"fused_linear_cross_entropy": False}
+    assert parse_train(flags)[1].liger_kernel_config == unfused
+    run = tmp_path / "run.yaml"
+    run.write_text("liger_kernel_config: {rope: false}\n")
+    assert parse_train([*flags, "--config", str(run)])[1].liger_kernel_config == unfused | {"rope": False}
+    for given in ({"fused_linear_cross_entropy": True}, "rope"):
+        with pytest.raises(ValueError, match=r"^liger_kernel_config: given .*, wanted JSON with .* the loss is fused$"):
+            config(tmp_path, use_liger_kernel=True, liger_kernel_config=given)
+
+
     if "teacher" in changes:
         changes["teacher"] = tiny_student(vocab_size=280)
     if "student" in changes:
