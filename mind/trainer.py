@@ -354,7 +354,7 @@ class MindTrainer(Trainer):
         """
         grad_norm = super()._get_grad_norm(model, grad_norm)
         # fp16's loss scaler expects gradients that overflow: it skips the step and lowers its scale.
-        norm = 0.0 if self.args.fp16 else float(grad_norm)
+        norm = 0.0 if self.accelerator.scaler is not None else float(grad_norm)
         total = sum(feedback.losses.sum() + feedback.parts.sum() for feedback in self._since_step)
         if not math.isfinite(total + norm):
             for feedback in self._since_step:

@@ -1026,6 +1026,18 @@ def test_a_student_that_is_not_finite_from_the_start(tmp_path: Path) -> None:
         ("assistant_dropout", 1.0, "assistant_dropout: given 1.0, wanted a number in [0, 1)"),
         ("assistant_window", 0, "assistant_window: given 0, wanted a positive number"),
         ("assistant_warmup_epochs", -1, "assistant_warmup_epochs: given -1, wanted a number that is not negative"),
+def test_a_loss_scaler_may_overflow_whoever_asked_for_it(tmp_path: Path) -> None:
+    """accelerate's launcher sets up fp16 without a word in the arguments."""
+    trainer = make_trainer(tmp_path, method="no_fusion", warmup_steps=0, max_grad_norm=0.0)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    weight = trainer.model.get_output_embeddings().weight
+    weight.register_hook(lambda grad: grad * (math.inf if trainer.accelerator.scaler.get_scale() == 2 else 1.0))
+    trainer.train()
+    assert trainer.accelerator.scaler.get_scale() == 1  # the first step was skipped
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert [math.isfinite(norm) for norm in norms] == [False, True]
+
+
         ("loss_ema", 1.0, "loss_ema: given 1.0, wanted a number in [0, 1)"),
         ("answer_suffix", "The end.", 'answer_suffix must contain "{answer}" exactly once'),
         ("max_length", 0, "max_length: given 0, wanted a positive number"),
