@@ -43,7 +43,9 @@ def read_state(checkpoint: str, wanted: dict[str, Any]) -> dict[str, Any]:
     """
     path = os.path.join(checkpoint, STATE_FILE)
     if not os.path.isfile(path):
-        raise ValueError(f"{checkpoint}: holds no {STATE_FILE}, wanted a checkpoint written by MindTrainer")
+        raise ValueError(
+            f"{checkpoint}: holds no {STATE_FILE}, wanted a checkpoint written by MindTrainer without save_only_model"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:

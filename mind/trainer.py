@@ -84,6 +84,10 @@ class MindTrainer(Trainer):
             raise TypeError(f"args: given {type(args).__name__}, wanted MindConfig")
         if not isinstance(train_dataset, MindDataset):
             raise TypeError(f"train_dataset: given {type(train_dataset).__name__}, wanted MindDataset")
+        if args.use_lora and isinstance(model, PeftModel):
+            raise ValueError("use_lora: given True for a model with adapters of its own, wanted False")
+        if not args.use_lora and not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("model: no parameter requires a gradient, wanted some, or use_lora")
         if args.n_gpu > 1:
             raise ValueError(f"given {args.n_gpu} GPUs in one process, wanted one process a GPU: launch with torchrun")
         _check_dataset(train_dataset, args, model)

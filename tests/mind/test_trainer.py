@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 from transformers.integrations.flash_attention import get_target_dtype
@@ -942,7 +943,7 @@ def test_a_checkpoint_of_another_run(changes: dict[str, Any], message: str, chec
 
 def test_not_a_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
     trainer = make_trainer(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"holds no mind_state\.pt, wanted a checkpoint written by MindTrainer"):
+    with pytest.raises(ValueError, match=r"holds no mind_state\.pt, wanted .* by MindTrainer without save_only_model$"):
         trainer.train(resume_from_checkpoint=str(tmp_path))
     with pytest.raises(ValueError, match="holds no whole checkpoint"):
         trainer.train(resume_from_checkpoint=True)
@@ -1149,7 +1150,10 @@ def test_liger_leaves_the_loss_to_us(tmp_path: Path, monkeypatch: pytest.MonkeyP
             "small": {"vocab_size": 200, "eos_token_id": None, "pad_token_id": None},
             "short": {"max_position_embeddings": 64},
         }
-        changes["student"] = tiny_student(**sizes[changes["student"]])
+        kind = changes["student"]
+        changes["student"] = tiny_student(**sizes.get(kind, {})).requires_grad_(kind != "frozen")
+        if kind == "adapted":
+            changes["student"] = get_peft_model(changes["student"], LoraConfig(task_type="CAUSAL_LM"))
     if "dataset" in changes:
         changes["dataset"] = MindDataset(load_records(raw_records(2)), tiny_tokenizer())
     with pytest.raises(ValueError) as error:
@@ -1168,6 +1172,8 @@ def test_measured_questions_are_not_longer_than_the_students_positions(tmp_path:
         trainer.measure_losses(longer)
 
 
+        ({"student": "frozen"}, "model: no parameter requires a gradient, wanted some, or use_lora"),
+        ({"student": "adapted", "use_lora": True}, "use_lora: given True for a model with adapters of its own"),
 def test_types_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="args: given dict, wanted MindConfig"):
         MindTrainer(tiny_student(), {}, tiny_dataset(), processing_class=tiny_tokenizer())  # type: ignore[arg-type]
