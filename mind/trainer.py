@@ -428,7 +428,11 @@ class MindTrainer(Trainer):
         if checkpoint is not None:
             self._load_state(checkpoint)
         with self._fused_loss():
-            return super().train(checkpoint, trial, ignore_keys_for_eval)
+            output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        evaluate = getattr(self.optimizer, "eval", None)  # of a schedule-free one: its average is what was learned
+        if callable(evaluate):
+            evaluate()
+        return output
 
     @contextmanager
     def _fused_loss(self) -> Iterator[None]:
@@ -514,7 +518,11 @@ class MindTrainer(Trainer):
             "losses on its rationales, or mind.evaluation.measure_accuracy for what the student answers"
         )
 
-    predict = evaluate
+    predict = evaluation_loop = prediction_step = evaluate
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises: TypeError: a trial would go on with the student and the assistant of the last."""
+        raise TypeError(f"{type(self).__name__}: given hyperparameters to search, wanted a trainer for each trial")
 
     def score(self, dataset: MindDataset | None = None) -> Tensor:
         """The assistant's scores (num_questions, K) of a dataset with features, 0 where there is no rationale."""

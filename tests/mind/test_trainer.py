@@ -762,7 +762,37 @@ def test_measured_before_and_after_training(tmp_path: Path) -> None:
     assert trainer.measure_losses(held_out).shape == (3, 4)
 
 
-@pytest.mark.parametrize("method", ["evaluate", "predict"])
+class Averaging(torch.optim.SGD):
+    """As the schedule-free optimisers: `eval` puts the average of the steps in place, `train` takes it away again."""
+
+    def train(self) -> None:
+        self.shift(1.0)
+
+    def eval(self) -> None:
+        self.shift(2.0)
+
+    def shift(self, scale: float) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data *= scale / self.state[parameter].get("scale", 1.0)
+            self.state[parameter]["scale"] = scale
+
+
+def test_the_average_of_a_schedule_free_optimizer_is_the_trained_student(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, method="no_fusion")
+    trainer.optimizer = Averaging(trainer.model.parameters(), lr=1e-30)
+    trainer.train()
+    head = tiny_student().lm_head.weight
+    assert torch.equal(trainer.model.get_output_embeddings().weight, 2 * head)
+    trainer.train()
+    assert torch.equal(trainer.model.get_output_embeddings().weight, 2 * head)
+
+
+def test_hyperparameter_search_names_ours(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"^MindTrainer: given hyperparameters to search, wanted a trainer for each t"):
+        make_trainer(tmp_path).hyperparameter_search()
+
+
+@pytest.mark.parametrize("method", ["evaluate", "predict", "evaluation_loop", "prediction_step"])
 def test_trainers_own_evaluation_names_ours(method: str, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"wanted measure_losses\(dataset\) for .* mind\.evaluation\.measure_accuracy"):
         getattr(make_trainer(tmp_path), method)(tiny_dataset())
@@ -996,6 +1026,18 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         assert repr(question_id) in message
 
 
+def test_a_loss_scaler_may_overflow_whoever_asked_for_it(tmp_path: Path) -> None:
+    """accelerate's launcher sets up fp16 without a word in the arguments."""
+    trainer = make_trainer(tmp_path, method="no_fusion", warmup_steps=0, max_grad_norm=0.0)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    weight = trainer.model.get_output_embeddings().weight
+    weight.register_hook(lambda grad: grad * (math.inf if trainer.accelerator.scaler.get_scale() == 2 else 1.0))
+    trainer.train()
+    assert trainer.accelerator.scaler.get_scale() == 1  # the first step was skipped
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert [math.isfinite(norm) for norm in norms] == [False, True]
+
+
 def test_a_student_that_is_not_finite_from_the_start(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     (three,) = set(trainer.train_dataset[3].prompt_ids) - set(trainer.train_dataset[2].prompt_ids)
@@ -1027,18 +1069,6 @@ def test_a_student_that_is_not_finite_from_the_start(tmp_path: Path) -> None:
         ("assistant_dropout", 1.0, "assistant_dropout: given 1.0, wanted a number in [0, 1)"),
         ("assistant_window", 0, "assistant_window: given 0, wanted a positive number"),
         ("assistant_warmup_epochs", -1, "assistant_warmup_epochs: given -1, wanted a number that is not negative"),
-def test_a_loss_scaler_may_overflow_whoever_asked_for_it(tmp_path: Path) -> None:
-    """accelerate's launcher sets up fp16 without a word in the arguments."""
-    trainer = make_trainer(tmp_path, method="no_fusion", warmup_steps=0, max_grad_norm=0.0)
-    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    weight = trainer.model.get_output_embeddings().weight
-    weight.register_hook(lambda grad: grad * (math.inf if trainer.accelerator.scaler.get_scale() == 2 else 1.0))
-    trainer.train()
-    assert trainer.accelerator.scaler.get_scale() == 1  # the first step was skipped
-    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-    assert [math.isfinite(norm) for norm in norms] == [False, True]
-
-
         ("loss_ema", 1.0, "loss_ema: given 1.0, wanted a number in [0, 1)"),
         ("answer_suffix", "The end.", 'answer_suffix must contain "{answer}" exactly once'),
         ("max_length", 0, "max_length: given 0, wanted a positive number"),
@@ -1061,12 +1091,43 @@ def test_a_loss_scaler_may_overflow_whoever_asked_for_it(tmp_path: Path) -> None
             "fsdp: given 'full_shard', wanted None: a rank measures rationales that others have not",
         ),
         ("deepspeed", "zero3.json", "deepspeed: given 'zero3.json', wanted None: a rank measures rationales"),
+        ("dataloader_persistent_workers", True, "dataloader_persistent_workers: given True, wanted False: questions"),
+        ("dataloader_multiprocessing_context", "fork", "dataloader_multiprocessing_context: given 'fork', wanted None"),
+        ("dataloader_prefetch_factor", 2, "dataloader_prefetch_factor: given 2, wanted None: questions are tokenised"),
+        ("bf16_full_eval", True, "bf16_full_eval: given True, wanted False: losses and answers are measured in the"),
+        ("fp16_full_eval", True, "fp16_full_eval: given True, wanted False: losses and answers are measured in the"),
+        ("enable_jit_checkpoint", True, "enable_jit_checkpoint: given True, wanted False: it saves within a step"),
+        ("per_device_eval_batch_size", 0, "per_device_eval_batch_size: given 0, wanted a positive number"),
+        ("weight_decay", -0.1, "weight_decay: given -0.1, wanted a number that is not negative"),
+        ("neftune_noise_alpha", -5.0, "neftune_noise_alpha: given -5.0, wanted a number that is not negative"),
+        ("lr_scheduler_type", "greedy", "lr_scheduler_type: given 'greedy', wanted one that follows no evaluation"),
+        ("fp16", True, "fp16: given True, wanted False on a CPU, where it would train in float32, or bf16"),
+        ("ddp_backend", "gloo", "ddp_backend: given 'gloo' in a process by itself, wanted None, or torchrun"),
+        ("use_liger_kernel", True, "use_liger_kernel: given True, wanted False on a CPU, for which Liger has no"),
+        (
+            "accelerator_config",
+            {"use_seedable_sampler": False},
+            "accelerator_config: given use_seedable_sampler = False, wanted True: a resumed run would read some",
+        ),
     ],
 )
 def test_settings_out_of_range(field: str, value: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         config(tmp_path, **{"max_steps": -1, field: value})
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_liger_leaves_the_loss_to_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MindConfig, "device", torch.device("cuda"))
+    flags = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--use_liger_kernel", "true"]
+    unfused = {"fused_linear_cross_entropy": False}
+    assert parse_train(flags)[1].liger_kernel_config == unfused
+    run = tmp_path / "run.yaml"
+    run.write_text("liger_kernel_config: {rope: false}\n")
+    assert parse_train([*flags, "--config", str(run)])[1].liger_kernel_config == unfused | {"rope": False}
+    for given in ({"fused_linear_cross_entropy": True}, "rope"):
+        with pytest.raises(ValueError, match=r"^liger_kernel_config: given .*, wanted JSON with .* the loss is fused$"):
+            config(tmp_path, use_liger_kernel=True, liger_kernel_config=given)
 
 
 def test_defaults() -> None:
@@ -1104,45 +1165,16 @@ def test_bf16_where_the_device_has_instructions_for_it(
             "golden_perspective: question 'q1' has no 'decomposition'",
         ),
         ({"kl_weight": 0.1}, "teacher: given none with kl_weight = 0.1"),
-        ("dataloader_persistent_workers", True, "dataloader_persistent_workers: given True, wanted False: questions"),
-        ("dataloader_multiprocessing_context", "fork", "dataloader_multiprocessing_context: given 'fork', wanted None"),
-        ("dataloader_prefetch_factor", 2, "dataloader_prefetch_factor: given 2, wanted None: questions are tokenised"),
-        ("bf16_full_eval", True, "bf16_full_eval: given True, wanted False: losses and answers are measured in the"),
-        ("fp16_full_eval", True, "fp16_full_eval: given True, wanted False: losses and answers are measured in the"),
-        ("enable_jit_checkpoint", True, "enable_jit_checkpoint: given True, wanted False: it saves within a step"),
-        ("per_device_eval_batch_size", 0, "per_device_eval_batch_size: given 0, wanted a positive number"),
-        ("weight_decay", -0.1, "weight_decay: given -0.1, wanted a number that is not negative"),
-        ("neftune_noise_alpha", -5.0, "neftune_noise_alpha: given -5.0, wanted a number that is not negative"),
-        ("lr_scheduler_type", "greedy", "lr_scheduler_type: given 'greedy', wanted one that follows no evaluation"),
-        ("fp16", True, "fp16: given True, wanted False on a CPU, where it would train in float32, or bf16"),
-        ("ddp_backend", "gloo", "ddp_backend: given 'gloo' in a process by itself, wanted None, or torchrun"),
-        ("use_liger_kernel", True, "use_liger_kernel: given True, wanted False on a CPU, for which Liger has no"),
-        (
-            "accelerator_config",
-            {"use_seedable_sampler": False},
-            "accelerator_config: given use_seedable_sampler = False, wanted True: a resumed run would read some",
-        ),
         ({"teacher": "small"}, "teacher: given one with kl_weight = 0.0"),
         ({"teacher": "small", "kl_weight": 1.0}, "teacher: has 280 tokens in its vocabulary, wanted the student's 300"),
         ({"student": "small"}, "wanted tokens below the student's vocabulary of 200: is this its tokenizer?"),
         ({"student": "short"}, "tokens, wanted at most the student's 64 positions: shorten it"),
+        ({"student": "frozen"}, "model: no parameter requires a gradient, wanted some, or use_lora"),
+        ({"student": "adapted", "use_lora": True}, "use_lora: given True for a model with adapters of its own"),
         ({"dataset": "no features"}, "train_dataset: has no features"),
     ],
 )
 def test_arguments_that_do_not_fit(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-def test_liger_leaves_the_loss_to_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MindConfig, "device", torch.device("cuda"))
-    flags = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--use_liger_kernel", "true"]
-    unfused = {"fused_linear_cross_entropy": False}
-    assert parse_train(flags)[1].liger_kernel_config == unfused
-    run = tmp_path / "run.yaml"
-    run.write_text("liger_kernel_config: {rope: false}\n")
-    assert parse_train([*flags, "--config", str(run)])[1].liger_kernel_config == unfused | {"rope": False}
-    for given in ({"fused_linear_cross_entropy": True}, "rope"):
-        with pytest.raises(ValueError, match=r"^liger_kernel_config: given .*, wanted JSON with .* the loss is fused$"):
-            config(tmp_path, use_liger_kernel=True, liger_kernel_config=given)
-
-
     if "teacher" in changes:
         changes["teacher"] = tiny_student(vocab_size=280)
     if "student" in changes:
@@ -1172,8 +1204,6 @@ def test_measured_questions_are_not_longer_than_the_students_positions(tmp_path:
         trainer.measure_losses(longer)
 
 
-        ({"student": "frozen"}, "model: no parameter requires a gradient, wanted some, or use_lora"),
-        ({"student": "adapted", "use_lora": True}, "use_lora: given True for a model with adapters of its own"),
 def test_types_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="args: given dict, wanted MindConfig"):
         MindTrainer(tiny_student(), {}, tiny_dataset(), processing_class=tiny_tokenizer())  # type: ignore[arg-type]
