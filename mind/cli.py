@@ -52,7 +52,7 @@ class RunArguments:
     )
     teacher: str | None = field(
         default=None,
-        metadata={"help": "White-box teacher with the student's vocabulary, given as a student is; with kl_weight."},
+        metadata={"help": "White-box teacher with the student's tokenizer, given as a student is; with kl_weight."},
     )
     teacher_topk: str | None = field(
         default=None,

@@ -135,6 +135,18 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id
 
 
+def token_that_differs(
+    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str, other_name: str
+) -> str | None:
+    """The first token of `tokenizer` that `other` has not at the same id, told in words; None: all are there."""
+    other_ids = other.get_vocab()
+    for token, token_id in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
+        if other_ids.get(token) != token_id:
+            has = f"has as its token {other_ids[token]}" if token in other_ids else "does not have"
+            return f"token {token_id} of {name} is {token!r}, which {other_name} {has}"
+    return None
+
+
 def _continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a text that stands in the middle of a sequence: without the space sentencepiece puts before a text."""
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids

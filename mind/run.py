@@ -34,6 +34,7 @@ from mind.encoder import RationaleEncoder
 from mind.evaluation import measure_accuracy
 from mind.generate.topk import TopKTeacher
 from mind.problems import generate_records
+from mind.prompting import token_that_differs
 from mind.report import LOG_FILE, METRICS_FILE, PICTURE_FILE, draw, read_metrics, table, write_log, write_metrics
 from mind.students import load_student
 from mind.trainer import MindTrainer
@@ -58,7 +59,7 @@ def distil(run: RunArguments, config: MindConfig) -> dict[str, Any]:
         student, tokenizer = load_student(run.student, attn_implementation=run.attn_implementation)
         teacher: PreTrainedModel | TopKTeacher | None = None
         if run.teacher is not None:
-            teacher, _ = load_student(run.teacher, attn_implementation=run.attn_implementation, role="teacher")
+            teacher = _load_teacher(run.teacher, run.attn_implementation, config, tokenizer)
     perspectives = perspectives_of(records)
     measured = [record for record in heldout if record.rationales][: run.num_measured]
     measured_on = f"{len(measured)} held-out questions"
@@ -127,6 +128,18 @@ def distil(run: RunArguments, config: MindConfig) -> dict[str, Any]:
         write_metrics(config.output_dir, metrics)
         _print_report(config, metrics)
     return metrics
+
+
+def _load_teacher(
+    name: str, attn_implementation: str | None, config: MindConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """In the dtype of the student's products, as it is only read. tokenizer: the student's."""
+    dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+    teacher, own = load_student(name, dtype=dtype, attn_implementation=attn_implementation, role="teacher")
+    difference = token_that_differs(tokenizer, own, "the student", "the teacher")
+    if difference is not None:
+        raise ValueError(f"teacher {name!r}: {difference}; wanted one with the student's tokenizer")
+    return teacher
 
 
 def _open_output(config: MindConfig) -> str | None:

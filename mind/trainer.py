@@ -52,8 +52,8 @@ class MindTrainer(Trainer):
     train_dataset: questions with features (without, for a method that has no teaching assistant).
     processing_class: the student's tokenizer; saved with the student.
     assistant: a teaching assistant to start from; default a new one as configured.
-    teacher: a causal LM with the student's tokenizer and vocabulary, or its stored distributions, given exactly when
-        `args.kl_weight` > 0.
+    teacher: a causal LM with the student's tokenizer, or its stored distributions, given exactly when
+        `args.kl_weight` > 0. Where their heads are padded to different sizes, the KL is over the tokenizer's tokens.
 
     Raises: TypeError or ValueError naming the argument or field that does not fit the others, or cannot be used.
     """
@@ -114,7 +114,8 @@ class MindTrainer(Trainer):
         self.calibrator = self._make_calibrator(assistant) if args.uses_assistant else None
         self._student: MindAttachment | None = None  # while the fused loss is attached
         self._shares_prompts: bool | None = None  # decided when it is, the first time
-        self._teacher = self._make_teacher(teacher)
+        self._shared_vocab_size: int | None = None  # where the teacher's head is not of the student's size
+        self._teacher = self._make_teacher(teacher, processing_class)
         self._pad_token_id = processing_class.pad_token_id or 0  # masked everywhere: any token will do
         self._partial_dir: str | None = None  # while a checkpoint is being written
         self._since_step: list[Feedback] = []  # the micro-batches of the current optimiser step
@@ -143,7 +144,9 @@ class MindTrainer(Trainer):
             )
         return Calibrator(assistant, self.train_dataset, args, self._average_gradients)
 
-    def _make_teacher(self, teacher: PreTrainedModel | TopKTeacher | None) -> MindAttachment | TopKTeacher | None:
+    def _make_teacher(
+        self, teacher: PreTrainedModel | TopKTeacher | None, tokenizer: PreTrainedTokenizerBase
+    ) -> MindAttachment | TopKTeacher | None:
         """The teacher's base model, head, scale and cap; its forward stays as it is. Stored ones are as given."""
         given, weight = ("none" if teacher is None else "one"), self.args.kl_weight
         if (teacher is not None) != (weight > 0):
@@ -156,9 +159,16 @@ class MindTrainer(Trainer):
         attachment.detach()
         if self.args.share_prompt:
             attachment.check_shared_prompts()
-        given_size, wanted_size = attachment.head.out_features, self.model.get_output_embeddings().out_features
-        if given_size != wanted_size:
-            raise ValueError(f"teacher: has {given_size} tokens in its vocabulary, wanted the student's {wanted_size}")
+        _check_lengths(self.train_dataset, teacher, "teacher")
+        given_size, own_size = len(attachment.head.weight), len(self.model.get_output_embeddings().weight)
+        if given_size != own_size:
+            num_tokens = min(own_size, max(tokenizer.get_vocab().values()) + 1)
+            if given_size < num_tokens:
+                raise ValueError(
+                    f"teacher: has {given_size} tokens in its vocabulary, wanted at least the {num_tokens} of the "
+                    "student's tokenizer"
+                )
+            self._shared_vocab_size = num_tokens
         return attachment
 
     def _check_optimizer(self) -> None:
@@ -327,7 +337,9 @@ class MindTrainer(Trainer):
         head, loss = self._teacher.head, self._teacher.loss
         with torch.autocast(self.args.device.type, enabled=False), readable(self._teacher.base):
             hidden_states = _read(self._teacher, batch)
-        return TeacherHidden(hidden_states, head.weight, head.bias, loss.logit_scale, loss.logit_softcap)
+        return TeacherHidden(
+            hidden_states, head.weight, head.bias, loss.logit_scale, loss.logit_softcap, self._shared_vocab_size
+        )
 
     def _symmetric_kl(self, hidden_states: Tensor, answer_index: Tensor) -> Tensor:
         """Σ_b ½·[KL(P_i ‖ P_j) + KL(P_j ‖ P_i)], the mean over the answer tokens; nats, fp32, gradient into both sides.
@@ -687,12 +699,12 @@ def _check_dataset(dataset: MindDataset, args: MindConfig, model: PreTrainedMode
     _check_lengths(dataset, model)
 
 
-def _check_lengths(dataset: MindDataset, model: PreTrainedModel) -> None:
+def _check_lengths(dataset: MindDataset, model: PreTrainedModel | PeftModel, role: str = "student") -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for question in dataset.questions:
         if positions is not None and max(question.lengths) > positions:
             raise ValueError(
-                f"question {question.id!r} takes {max(question.lengths)} tokens, wanted at most the student's "
+                f"question {question.id!r} takes {max(question.lengths)} tokens, wanted at most the {role}'s "
                 f"{positions} positions: shorten it"
             )
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mind.generate import GenerateError
-from mind.prompting import PromptFormat
+from mind.prompting import PromptFormat, token_that_differs
 from mind_kernels import TeacherTopK
 
 if TYPE_CHECKING:
@@ -130,14 +130,12 @@ class StudentTokens:
 
     def check_vocabulary(self, teacher: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """That a local teacher's ids are the student's."""
-        own, given = self.tokenizer.get_vocab(), tokenizer.get_vocab()
-        for token, token_id in sorted(given.items(), key=lambda pair: pair[1]):
-            if own.get(token) != token_id:
-                has = f"its id {own[token]}" if token in own else "none"
-                raise GenerateError(
-                    f"top_logprobs: the tokenizers of {teacher} and of the student {self.name} disagree: the teacher's "
-                    f"token {token_id} is {token!r}, of which the student has {has}; wanted the same vocabulary"
-                )
+        difference = token_that_differs(tokenizer, self.tokenizer, "the teacher", "the student")
+        if difference is not None:
+            raise GenerateError(
+                f"top_logprobs: the tokenizers of {teacher} and of the student {self.name} disagree: {difference}; "
+                "wanted the same vocabulary"
+            )
 
     def watch(self, teacher: str, topk: TopK, text: str) -> None:
         """That the tokens of all served answers so far are the student's, once there are enough to tell."""

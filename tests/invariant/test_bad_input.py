@@ -217,10 +217,24 @@ def save_student(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def test_a_teacher_of_another_vocabulary(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    teacher = save_student(tmp_path / "teacher", vocab_size=280)
+def test_a_teacher_with_another_tokenizer(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = save_student(tmp_path / "teacher")
+    tokenizer = json.loads((teacher / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
     given = refused(flags(inputs, tmp_path / "out", teacher=teacher, kl_weight=1), capsys)
-    assert given == "teacher: has 280 tokens in its vocabulary, wanted the student's 300"
+    assert given == (
+        f"teacher '{teacher}': token {vocabulary['b']} of the student is 'a', which the teacher has as its token "
+        f"{vocabulary['a']}; wanted one with the student's tokenizer"
+    )
+    assert_nothing_written(tmp_path / "out")
+
+
+def test_a_teacher_with_too_few_tokens(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = save_student(tmp_path / "teacher", vocab_size=250, eos_token_id=None, pad_token_id=None)
+    given = refused(flags(inputs, tmp_path / "out", teacher=teacher, kl_weight=1), capsys)
+    assert given == ("teacher: has 250 tokens in its vocabulary, wanted at least the 258 of the student's tokenizer")
     assert_nothing_written(tmp_path / "out")
 
 

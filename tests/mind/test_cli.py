@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from mind.cli import RunArguments, UsageError, main, parse_settings, parse_train, train_parser
 from mind.config import MindConfig
@@ -59,20 +60,26 @@ def test_defaults() -> None:
     assert config.beta == 0.8 and config.learning_rate == 1e-5 and config.output_dir == "runs/mind"
 
 
-def test_attn_implementation_is_for_student_and_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, str] = {}
+@pytest.mark.parametrize("bf16", [False, True])
+def test_how_student_and_teacher_are_loaded(bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one attention; the teacher, which is only read, in the dtype of the products."""
+    asked: dict[str, tuple[str, torch.dtype]] = {}
 
-    def load(name: str, attn_implementation: str, role: str = "student") -> tuple[None, None]:
-        asked[name] = attn_implementation
+    def load(
+        name: str, attn_implementation: str, dtype: torch.dtype = torch.float32, role: str = "student"
+    ) -> tuple[None, None]:
+        asked[name] = attn_implementation, dtype
         if role == "teacher":
             raise ValueError("seen enough")
         return None, None
 
     monkeypatch.setattr("mind.run.load_student", load)
+    monkeypatch.setattr("mind.config.computes_bf16", lambda use_cpu: True)
     flags = ["--student", "s", "--teacher", "t", "--kl_weight", "0.5", "--attn_implementation", "eager"]
+    flags += ["--bf16", str(bf16), "--num_questions", "4", "--output_dir", str(tmp_path)]
     with pytest.raises(ValueError, match="seen enough"):
-        distil(*parse_train([*CPU, *flags, "--num_questions", "4", "--output_dir", str(tmp_path)]))
-    assert asked == {"s": "eager", "t": "eager"}
+        distil(*parse_train([*CPU, *flags]))
+    assert asked == {"s": ("eager", torch.float32), "t": ("eager", torch.bfloat16 if bf16 else torch.float32)}
 
 
 def test_values_of_the_file_are_typed_as_flags_are(tmp_path: Path) -> None:

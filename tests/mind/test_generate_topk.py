@@ -449,5 +449,5 @@ def test_a_local_teacher_of_another_vocabulary(tmp_path: Path, tiny: Path, capsy
     capsys.readouterr()
     assert main(command(tmp_path, "", **local)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"the tokenizers of {tiny} and of the student smollm2-135m disagree: the teacher's token 0 is " in error
+    assert f"the tokenizers of {tiny} and of the student smollm2-135m disagree: token 0 of the teacher is " in error
     assert_nothing_written(tmp_path)

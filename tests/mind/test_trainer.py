@@ -561,9 +561,13 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share_prompt", [False, True])
-def test_a_white_box_teacher(share_prompt: bool, tmp_path: Path) -> None:
-    """loss = cross-entropy + γ·KL(teacher ‖ student), both parts against plain logits."""
-    student, teacher = tiny_student(), tiny_student(seed=5, hidden_size=16, num_attention_heads=2)
+@pytest.mark.parametrize(("vocab_size", "num_shared"), [(300, 300), (280, 258), (320, 258)])
+def test_a_white_box_teacher(vocab_size: int, num_shared: int, share_prompt: bool, tmp_path: Path) -> None:
+    """loss = cross-entropy + γ·KL(teacher ‖ student), both parts against plain logits.
+
+    Over the tokenizer's 258 tokens where the two heads are padded to different sizes.
+    """
+    student, teacher = tiny_student(), tiny_student(5, vocab_size=vocab_size, hidden_size=16, num_attention_heads=2)
     changes = {"method": "single_path", "kl_weight": 0.7, "share_prompt": share_prompt}
     trainer = make_trainer(tmp_path, student, max_steps=1, teacher=teacher, **changes)
     spy = Spy(trainer)
@@ -571,7 +575,8 @@ def test_a_white_box_teacher(share_prompt: bool, tmp_path: Path) -> None:
     trainer.train()
     total = 0.0
     for question in spy.batches[0].questions:
-        p, q = log_probs(teacher.eval(), question, 0), log_probs(reference, question, 0)
+        both = log_probs(teacher.eval(), question, 0), log_probs(reference, question, 0)
+        p, q = (log_p[:, :num_shared].log_softmax(-1) for log_p in both)
         total += (p.exp() * (p - q)).sum(-1).mean().item() / 2
     entry = trainer.state.log_history[0]
     assert entry["kl"] == pytest.approx(total, rel=1e-4)
@@ -1166,7 +1171,11 @@ def test_bf16_where_the_device_has_instructions_for_it(
         ),
         ({"kl_weight": 0.1}, "teacher: given none with kl_weight = 0.1"),
         ({"teacher": "small"}, "teacher: given one with kl_weight = 0.0"),
-        ({"teacher": "small", "kl_weight": 1.0}, "teacher: has 280 tokens in its vocabulary, wanted the student's 300"),
+        (
+            {"teacher": "small", "kl_weight": 1.0},
+            "teacher: has 200 tokens in its vocabulary, wanted at least the 258 of",
+        ),
+        ({"teacher": "short", "kl_weight": 1.0}, "tokens, wanted at most the teacher's 64 positions: shorten it"),
         ({"student": "small"}, "wanted tokens below the student's vocabulary of 200: is this its tokenizer?"),
         ({"student": "short"}, "tokens, wanted at most the student's 64 positions: shorten it"),
         ({"student": "frozen"}, "model: no parameter requires a gradient, wanted some, or use_lora"),
@@ -1175,17 +1184,15 @@ def test_bf16_where_the_device_has_instructions_for_it(
     ],
 )
 def test_arguments_that_do_not_fit(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    if "teacher" in changes:
-        changes["teacher"] = tiny_student(vocab_size=280)
-    if "student" in changes:
-        sizes = {
-            "small": {"vocab_size": 200, "eos_token_id": None, "pad_token_id": None},
-            "short": {"max_position_embeddings": 64},
-        }
-        kind = changes["student"]
-        changes["student"] = tiny_student(**sizes.get(kind, {})).requires_grad_(kind != "frozen")
+    sizes = {
+        "small": {"vocab_size": 200, "eos_token_id": None, "pad_token_id": None},
+        "short": {"max_position_embeddings": 64},
+    }
+    for role in {"teacher", "student"} & changes.keys():
+        kind = changes[role]
+        changes[role] = tiny_student(**sizes.get(kind, {})).requires_grad_(kind != "frozen")
         if kind == "adapted":
-            changes["student"] = get_peft_model(changes["student"], LoraConfig(task_type="CAUSAL_LM"))
+            changes[role] = get_peft_model(changes[role], LoraConfig(task_type="CAUSAL_LM"))
     if "dataset" in changes:
         changes["dataset"] = MindDataset(load_records(raw_records(2)), tiny_tokenizer())
     with pytest.raises(ValueError) as error:
