@@ -56,10 +56,16 @@ def distil(run: RunArguments, config: MindConfig) -> dict[str, Any]:
     with clock("data"):
         records, heldout = _read_data(run, config)
     with clock("student"):
-        student, tokenizer = load_student(run.student, attn_implementation=run.attn_implementation)
+        # Weights that are only read, in the dtype of the products; fp16 has too narrow a range for some models'.
+        frozen = torch.bfloat16 if config.bf16 else torch.float32
+        dtype, attention = frozen if config.use_lora else torch.float32, run.attn_implementation
+        student, tokenizer = load_student(run.student, dtype=dtype, attn_implementation=attention)
         teacher: PreTrainedModel | TopKTeacher | None = None
         if run.teacher is not None:
-            teacher = _load_teacher(run.teacher, run.attn_implementation, config, tokenizer)
+            teacher, own = load_student(run.teacher, dtype=frozen, attn_implementation=attention, role="teacher")
+            difference = token_that_differs(tokenizer, own, "the student", "the teacher")
+            if difference is not None:
+                raise ValueError(f"teacher {run.teacher!r}: {difference}; wanted one with the student's tokenizer")
     perspectives = perspectives_of(records)
     measured = [record for record in heldout if record.rationales][: run.num_measured]
     measured_on = f"{len(measured)} held-out questions"
@@ -128,18 +134,6 @@ def distil(run: RunArguments, config: MindConfig) -> dict[str, Any]:
         write_metrics(config.output_dir, metrics)
         _print_report(config, metrics)
     return metrics
-
-
-def _load_teacher(
-    name: str, attn_implementation: str | None, config: MindConfig, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel:
-    """In the dtype of the student's products, as it is only read. tokenizer: the student's."""
-    dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
-    teacher, own = load_student(name, dtype=dtype, attn_implementation=attn_implementation, role="teacher")
-    difference = token_that_differs(tokenizer, own, "the student", "the teacher")
-    if difference is not None:
-        raise ValueError(f"teacher {name!r}: {difference}; wanted one with the student's tokenizer")
-    return teacher
 
 
 def _open_output(config: MindConfig) -> str | None:
@@ -294,8 +288,9 @@ def _read_before(
 
 def _save_student(trainer: MindTrainer) -> None:
     """<output_dir>/student, there whole or not at all; adapters are merged into it."""
-    if trainer.args.use_lora:
-        trainer.model = trainer.model.merge_and_unload()  # type: ignore[operator]
+    if trainer.args.use_lora and trainer.args.should_save:
+        # In fp32: of 16 bits, half a unit in the last place of a weight is more than most of what LoRA adds to it.
+        trainer.model = torch.nn.Module.to(trainer.model, "cpu", torch.float32).merge_and_unload()  # type: ignore[operator]
     partial = os.path.join(trainer.args.output_dir, PARTIAL_PREFIX + STUDENT_FOLDER)
     if trainer.args.should_save:
         shutil.rmtree(partial, ignore_errors=True)  # of a run killed here

@@ -272,6 +272,22 @@ def test_the_saved_student_loads_and_generates(use_lora: bool, inputs: Path, tmp
     assert (tmp_path / "perspectives.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.filterwarnings("ignore:bf16:UserWarning")  # a device without its instructions
+def test_what_lora_adds_to_16_bits_is_saved_whole(inputs: Path, tmp_path: Path) -> None:
+    """All of rank r; a sum rounded to bf16 is not."""
+    run(inputs, tmp_path, max_steps=2, use_lora=True, lora_r=2, bf16=True, num_heldout=0)
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "student").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(inputs / "student").state_dict()
+    for name, weight in before.items():
+        assert after[name].dtype == torch.float32
+        added = after[name] - weight.bfloat16().float()
+        if name.endswith("_proj.weight"):
+            singular_values = torch.linalg.svdvals(added)
+            assert singular_values[1] > 0 and singular_values[2] < 1e-3 * singular_values[1], name
+        else:
+            assert not added.any(), name
+
+
 @pytest.mark.parametrize("method", ["no_fusion", "instant_loss", "single_path", "mcc_kd"])
 def test_a_method_without_a_teaching_assistant(method: str, inputs: Path, tmp_path: Path) -> None:
     log = run(inputs, tmp_path, method=method, max_steps=2)

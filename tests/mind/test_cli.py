@@ -61,8 +61,11 @@ def test_defaults() -> None:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_how_student_and_teacher_are_loaded(bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one attention; the teacher, which is only read, in the dtype of the products."""
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_how_student_and_teacher_are_loaded(
+    use_lora: bool, bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one attention; what is only read, the teacher and a student with LoRA, in the dtype of the products."""
     asked: dict[str, tuple[str, torch.dtype]] = {}
 
     def load(
@@ -76,10 +79,11 @@ def test_how_student_and_teacher_are_loaded(bf16: bool, tmp_path: Path, monkeypa
     monkeypatch.setattr("mind.run.load_student", load)
     monkeypatch.setattr("mind.config.computes_bf16", lambda use_cpu: True)
     flags = ["--student", "s", "--teacher", "t", "--kl_weight", "0.5", "--attn_implementation", "eager"]
-    flags += ["--bf16", str(bf16), "--num_questions", "4", "--output_dir", str(tmp_path)]
+    flags += ["--bf16", str(bf16), "--use_lora", str(use_lora), "--num_questions", "4", "--output_dir", str(tmp_path)]
     with pytest.raises(ValueError, match="seen enough"):
         distil(*parse_train([*CPU, *flags]))
-    assert asked == {"s": ("eager", torch.float32), "t": ("eager", torch.bfloat16 if bf16 else torch.float32)}
+    assert asked["t"] == ("eager", torch.bfloat16 if bf16 else torch.float32)
+    assert asked["s"] == ("eager", torch.bfloat16 if bf16 and use_lora else torch.float32)
 
 
 def test_values_of_the_file_are_typed_as_flags_are(tmp_path: Path) -> None:
