@@ -51,8 +51,16 @@ def padded_ids(token_ids: Tensor, padded: Tensor) -> tuple[Tensor, Tensor]:  # (
     """int64 ids that can be gathered and put back, and where each row's first real one stands.
 
     A padded id is the first real one's, which changes nothing; in a row of only padding it is 0, since to look up −1
-    would end all work on a GPU.
+    would end all work on a GPU. A token that stands twice in a row, which would count twice, is an error on the host.
     """
+    if can_look(token_ids):
+        sorted_ids = token_ids.masked_fill(padded, -1).sort(-1).values
+        twice = (sorted_ids.diff(dim=-1) == 0) & (sorted_ids[:, 1:] >= 0)
+        if bool(twice.any()):
+            raise ValueError(
+                f"teacher.token_ids: given {int(sorted_ids[:, 1:][twice][0])} twice in a row, "
+                "wanted each token once (leave out the second one)"
+            )
     first = (~padded).to(torch.int8).argmax(-1, keepdim=True)
     ids = torch.where(padded, token_ids.gather(-1, first), token_ids).long()
     return ids.masked_fill_(padded.all(-1, keepdim=True), 0), first

@@ -105,7 +105,8 @@ class TeacherLogits:
 class TeacherTopK:
     """Teacher distributions as the k most probable tokens of each position, as inference servers return them.
 
-    token_ids: (..., k) int64 or int32, distinct within a row.
+    token_ids: (..., k) int64 or int32, distinct within a row: a server may list the token it wrote a second time.
+        On the CPU a token that a supervised row lists twice is an error; on a GPU nothing looks.
     logprobs: (..., k) log-probabilities (nats) at temperature 1. −inf pads a short row; the id beside it is ignored.
         A row of −inf alone is an error on the CPU and makes the loss NaN on a GPU.
     tail: "bucket" adds one bucket of probability 1 − Σp to both distributions (needs temperature 1); a row that lists
@@ -160,12 +161,7 @@ def check_teacher(teacher: object, rows_shape: torch.Size, V: int, device: torch
             "say nothing of the tail at another) or tail='renormalize'",
         )
         if can_look(teacher.logprobs):
-            padded = torch.isneginf(teacher.logprobs)
-            wrong = ~padded & ((teacher.token_ids < 0) | (teacher.token_ids >= V))
-            if bool(wrong.any()):
-                raise ValueError(
-                    f"teacher.token_ids: given {int(teacher.token_ids[wrong][0])}, wanted 0 <= id < V = {V}"
-                )
+            check_token_ids(teacher, V)
         return
     V_t = teacher.lm_head_weight.shape[0] if isinstance(teacher, TeacherHidden) else teacher.logits.shape[-1]
     if teacher.vocab_size is None:
@@ -182,3 +178,11 @@ def check_teacher(teacher: object, rows_shape: torch.Size, V: int, device: torch
             f"teacher.vocab_size: given {teacher.vocab_size}, wanted 1 to {min(V, V_t)}, "
             f"the smaller of the student's V = {V} and the teacher's {V_t}",
         )
+
+
+def check_token_ids(teacher: TeacherTopK, V: int) -> None:
+    """Whether each id, but for those beside −inf, is within the vocabulary."""
+    padded = torch.isneginf(teacher.logprobs)
+    wrong = ~padded & ((teacher.token_ids < 0) | (teacher.token_ids >= V))
+    if bool(wrong.any()):
+        raise ValueError(f"teacher.token_ids: given {int(teacher.token_ids[wrong][0])}, wanted 0 <= id < V = {V}")

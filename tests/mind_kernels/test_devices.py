@@ -35,7 +35,7 @@ from mind_kernels import (
 )
 from mind_kernels.arguments import choose_backend
 from mind_kernels.combined.reference import reference_mind_loss
-from mind_kernels.teachers import Teacher, TeacherHidden, TeacherLogits
+from mind_kernels.teachers import Teacher, TeacherHidden, TeacherLogits, TeacherTopK
 from mind_kernels.testing import MindCase, random_case, random_teacher, relative_error
 from mind_kernels.triton_multiply import multiply_kernel
 
@@ -423,6 +423,25 @@ def test_bad_values_are_told_inside_a_compiled_graph() -> None:
     labels[0, 0, -1] = 40
     with pytest.raises(ValueError, match="shift_labels: given 40 at flat row 5"):
         function(labels)
+
+
+@pytest.mark.parametrize("function", [fused_linear_kl, ta_weighted_kl])
+def test_a_bad_token_id_is_told_inside_a_compiled_graph(function: Any) -> None:
+    torch._dynamo.reset()
+    case = random_case(2, 3, 6, 8, 40, 2).to(torch.float32)
+    teacher = random_teacher("topk", case)
+    assert isinstance(teacher, TeacherTopK)
+    head = {"lm_head_weight": case.lm_head_weight} if function is fused_linear_kl else {}
+    rows = case.hidden_states if head else case.hidden_states @ case.lm_head_weight.t()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(token_ids):
+        given = TeacherTopK(token_ids, teacher.logprobs)
+        return function(rows, teacher=given, shift_labels=case.shift_labels, **head)[0]
+
+    compiled(teacher.token_ids)
+    with pytest.raises(ValueError, match=r"teacher.token_ids: given 40, wanted 0 <= id < V = 40"):
+        compiled(torch.full_like(teacher.token_ids, 40))
 
 
 def operator_calls(function: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -236,6 +237,11 @@ TEACHERS = {
         r"teacher.lm_head_bias: given torch.bfloat16, wanted torch.float32 as teacher.hidden_states",
     ),
     "topk-id": (topk([-1.0, -2.0], [0, V]), ValueError, r"teacher.token_ids: given 7, wanted 0 <= id < V = 7"),
+    "topk-id-twice": (
+        topk([-1.0, -2.0, -1.0], [3, 0, 3]),
+        ValueError,
+        r"teacher.token_ids: given 3 twice in a row, wanted each token once",
+    ),
     "topk-sum": (topk([-0.1, -0.2]), ValueError, r"teacher.logprobs: given a row whose probabilities sum to 1.72"),
     "topk-empty-row": (topk([float("-inf")] * 2), ValueError, r"teacher.logprobs: given a row of only -inf"),
     "topk-shapes": (
@@ -292,6 +298,16 @@ def test_teachers(case: str) -> None:
     arguments = good()
     with pytest.raises(error, match=message):
         fused_linear_kl(arguments["hidden_states"], arguments["lm_head_weight"], make(), arguments["shift_labels"])
+
+
+def test_what_a_topk_holds_beside_unsupervised_rows_and_padding_may_repeat() -> None:
+    arguments = good()
+    arguments["shift_labels"][..., 0] = -100
+    ids, logprobs = torch.zeros(B, K, T, 3, dtype=torch.int64), torch.zeros(B, K, T, 3)
+    ids[..., 1:, 0] = 2
+    logprobs[..., 1:, :] = torch.tensor([-1.0, -math.inf, -math.inf])
+    loss, _ = fused_linear_kl(teacher=TeacherTopK(ids, logprobs), **arguments)
+    assert loss.isfinite()
 
 
 def test_topk_bucket_at_another_temperature() -> None:
