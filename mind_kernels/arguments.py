@@ -134,7 +134,8 @@ def check_divergence(divergence: str, beta: float, temperature: float, temperatu
     if divergence == "jsd":
         check_number("beta", beta)
         require(
-            0 < beta < 1, f"beta: given {beta}, wanted 0 < beta < 1 (the limits are divergence 'forward' and 'reverse')"
+            0 < beta < 1,
+            f"beta: given {beta}, wanted 0 < beta < 1 (what others call beta 0 is divergence 'forward', 1 'reverse')",
         )
 
 
@@ -217,6 +218,8 @@ def _choose_backend(backend: str, tensor: Tensor, num_perspectives: int) -> str:
 
 def check_labels(shift_labels: Tensor, rows_shape: torch.Size, V: int, ignore_index: int, device: torch.device) -> None:
     check_integer("shift_labels", shift_labels)
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: given {type(ignore_index).__name__}, wanted an int")
     require(
         shift_labels.shape == rows_shape,
         f"shift_labels: given shape {tuple(shift_labels.shape)}, wanted {tuple(rows_shape)} as hidden_states has rows",

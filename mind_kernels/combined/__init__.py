@@ -117,6 +117,11 @@ def mind_loss(
     check_question_weights(rationale_weights)
     check_head(hidden_states, lm_head_weight, lm_head_bias, logit_scale, logit_softcap, max_logits_bytes)
     check_logits_dtype(logits_dtype, hidden_states)
+    require(
+        hidden_states.ndim == 4 or cu_seqlens is not None,
+        f"hidden_states: given shape {tuple(hidden_states.shape)}, wanted (B, K, T, H) with K = 1 for plain sequences, "
+        "or (N, H) with cu_seqlens",
+    )
     check_divergence(divergence, beta, temperature, temperature_power)
     check_number("consistency_weight", consistency_weight)
     check_number("kl_weight", kl_weight)

@@ -115,6 +115,8 @@ CROSS_ENTROPY = {
     "scale-text": (replace(logit_scale="1"), TypeError, r"logit_scale: given str, wanted a number"),
     "scale-tensor": (replace(logit_scale=torch.tensor(1.0)), TypeError, r"logit_scale: given Tensor, wanted a number"),
     "softcap-text": (replace(logit_softcap="30"), TypeError, r"logit_softcap: given str, wanted a number"),
+    "ignore-index-none": (replace(ignore_index=None), TypeError, r"ignore_index: given NoneType, wanted an int"),
+    "ignore-index-tensor": (replace(ignore_index=torch.tensor(-100)), TypeError, r"ignore_index: given Tensor, wanted"),
     "budget-float": (replace(max_logits_bytes=1e9), TypeError, r"max_logits_bytes: given float, wanted None or an int"),
     "backend": (replace(backend="cuda"), ValueError, r"backend: given 'cuda', wanted one of 'auto', 'torch', 'triton'"),
     "seqlens-end": (
@@ -171,7 +173,11 @@ MIND = {
     "num-questions": (replace(num_questions=0), r"num_questions: given 0.0, wanted a number above 0"),
     "num-questions-vector": (replace(num_questions=torch.ones(2)), r"num_questions: given shape \(2,\), wanted an int"),
     "divergence": (replace(divergence="kl"), r"divergence: given 'kl', wanted one of 'forward', 'reverse', 'jsd'"),
-    "beta": (replace(divergence="jsd", beta=1.0), r"beta: given 1.0, wanted 0 < beta < 1"),
+    "beta": (replace(divergence="jsd", beta=1.0), r"beta: given 1.0, wanted 0 < beta < 1 .* 0 is .* 'forward', 1 'rev"),
+    "plain-sequences": (
+        replace(hidden_states=torch.randn(B, T, H), rationale_weights=torch.ones(B, 1)),
+        r"hidden_states: given shape \(2, 4, 5\), wanted \(B, K, T, H\) with K = 1 .*, or \(N, H\) with cu_seqlens",
+    ),
     "temperature": (replace(temperature=0.0), r"temperature: given 0.0, wanted a finite number above 0"),
     "power": (replace(temperature_power=1), r"temperature_power: given 1, wanted 0 or 2"),
 }
