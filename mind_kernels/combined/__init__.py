@@ -77,13 +77,13 @@ def mind_loss(
     CE_bk and KL_bk are means over the rationale's supervised tokens, JSD the mean over the question's A answer
     positions, P_bi the softmax of the logits that predict an answer token after rationale i. All in nats.
 
-    hidden_states: bf16, fp16, fp32 or fp64; padded (B, K, T, H), or packed (N, H) with cu_seqlens, where an absent or
-        unselected rationale is an empty segment.
+    hidden_states: bf16, fp16, fp32 or fp64; padded (B, K, T, H), K = 1 for plain sequences, or packed (N, H) with
+        cu_seqlens, where an absent or unselected rationale is an empty segment.
     lm_head_weight: (V, H), the dtype of hidden_states; under autocast any, and the products are in autocast's dtype.
     shift_labels: int64/int32 in [0, V) or ignore_index, already aligned with hidden_states. On a GPU a label outside
         makes the loss NaN, since an error would wait for the device.
-    rationale_weights: α, each question's weights sum to 1; 0 for a rationale that was not selected, which then costs a
-        forward only (nothing in an empty segment).
+    rationale_weights: α, each question's weights sum to 1 (used as given, not checked); 0 for a rationale that was not
+        selected, which then costs a forward only (nothing in an empty segment).
     supervised_index: int64/int32 (n,) on the CPU, the flat rows whose label is not ignore_index, in any order. With it
         (and answer_index on the CPU) no step on a GPU waits for the device; rows of weight 0 then cost a backward.
     answer_index: flat row indices into hidden_states of the rows that predict the answer tokens, −1 = absent; None: no

@@ -47,7 +47,8 @@ def fused_linear_cross_entropy(
 
         CE_r = 1/n_r Σ_t −log softmax(z_t)[y_t],   z = softcap(logit_scale · (h Wᵀ + b)),   softcap(z) = c·tanh(z/c)
 
-    over the n_r supervised tokens (label ≠ ignore_index) of rationale r; reduction "sum" leaves out 1/n_r.
+    over the n_r supervised tokens (label ≠ ignore_index) of rationale r; reduction "sum" leaves out 1/n_r, not w_r. The
+    mean or sum over all tokens is that of rows flattened to (N, H).
 
     hidden_states: bf16, fp16, fp32 or fp64. Padded: any leading axes, the last of them time; a plain (N, H) is one
         rationale of weight 1. Packed: (N, H) with cu_seqlens.
@@ -56,7 +57,8 @@ def fused_linear_cross_entropy(
     shift_labels: int64/int32 in [0, V) or ignore_index, already aligned with hidden_states. On a GPU a label outside
         makes the loss NaN, since an error would wait for the device.
     rationale_weights: w, used exactly as given; 1/R each by default. 0 costs a forward only.
-    cu_seqlens: int32/int64, segment r is rows cu_seqlens[r] to cu_seqlens[r + 1]; an empty segment has loss 0.
+    cu_seqlens: int32/int64, rising from 0 to N (which a GPU and a compiled graph do not check); segment r is rows
+        cu_seqlens[r] to cu_seqlens[r + 1]; an empty segment has loss 0.
     supervised_index: int64/int32 (n,) on the CPU, the flat rows whose label is not ignore_index, in any order. With it
         no step on a GPU waits for the device; rows of weight 0 then cost a backward.
     logit_scale, logit_softcap: see the formula; None for no cap.
@@ -80,7 +82,7 @@ def fused_linear_cross_entropy(
     Without a gradient: max_logits_bytes.
 
     Raises: ValueError or TypeError naming the argument, what was given and what is wanted. Its backward pass
-    RuntimeError under create_graph=True: there is no second derivative.
+    RuntimeError under create_graph=True: there is no second derivative. PyTorch refuses torch.func's transforms.
     Source: gradients in the forward pass follow from the loss's linearity; derivation in this folder's README.md.
     """
     check_head(hidden_states, lm_head_weight, lm_head_bias, logit_scale, logit_softcap, max_logits_bytes)

@@ -58,6 +58,8 @@ def fused_linear_kl(
                    "reverse"   KL(s ‖ t)
                    "jsd"       β·KL(t ‖ M) + (1−β)·KL(s ‖ M),  0 < β < 1
 
+    "jsd" vanishes at both ends of β; what TRL and Liger compute for their beta 0 is "forward", for 1 "reverse".
+
     teacher: TeacherHidden (both heads projected chunk by chunk), TeacherLogits or TeacherTopK, rows as the student's;
         never differentiated.
     shift_labels: only say which rows count (label ≠ ignore_index); values as in fused_linear_cross_entropy.
