@@ -80,7 +80,9 @@ def topk_log_probs(
     on_host = can_look(teacher_log_probs)
     padded = torch.isneginf(teacher_log_probs)
     if on_host and bool(padded.all(-1).any()):
-        raise ValueError("teacher.logprobs: given a row of only -inf, wanted at least one token in each")
+        raise ValueError(
+            "teacher.logprobs: given a row of only -inf, wanted a token in each (or its label ignore_index)"
+        )
     if tail == "renormalize":
         log_probs = torch.log_softmax(teacher_log_probs / temperature, -1)  # NaN in a row of only padding
         return log_probs.masked_fill_(padded & ~padded.all(-1, keepdim=True), NEG)

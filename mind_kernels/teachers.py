@@ -107,8 +107,10 @@ class TeacherTopK:
 
     token_ids: (..., k) int64 or int32, distinct within a row: a server may list the token it wrote a second time.
         On the CPU a token that a supervised row lists twice is an error; on a GPU nothing looks.
-    logprobs: (..., k) log-probabilities (nats) at temperature 1. −inf pads a short row; the id beside it is ignored.
-        A row of −inf alone is an error on the CPU and makes the loss NaN on a GPU.
+    logprobs: (..., k) log-probabilities (nats) at temperature 1; for "renormalize" logits will do. −inf pads a short
+        row; the id beside it is ignored. Any other number counts: the −9999 that some servers write for −inf says that
+        the teacher gives this token nothing. A supervised row of −inf alone is an error on the CPU and makes the loss
+        NaN on a GPU; a position of which nothing is known takes the label ignore_index.
     tail: "bucket" adds one bucket of probability 1 − Σp to both distributions (needs temperature 1); a row that lists
         every token has none and is renormalised;
         "renormalize" restricts both distributions to the support and renormalises them.

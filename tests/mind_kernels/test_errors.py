@@ -249,7 +249,11 @@ TEACHERS = {
         r"teacher.token_ids: given 3 twice in a row, wanted each token once",
     ),
     "topk-sum": (topk([-0.1, -0.2]), ValueError, r"teacher.logprobs: given a row whose probabilities sum to 1.72"),
-    "topk-empty-row": (topk([float("-inf")] * 2), ValueError, r"teacher.logprobs: given a row of only -inf"),
+    "topk-empty-row": (
+        topk([float("-inf")] * 2),
+        ValueError,
+        r"teacher.logprobs: given a row of only -inf, wanted a token in each \(or its label ignore_index\)",
+    ),
     "topk-shapes": (
         lambda: TeacherTopK(torch.zeros(B, K, T, 2, dtype=torch.int64), torch.zeros(B, K, T, 3)),
         ValueError,
