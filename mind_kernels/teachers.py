@@ -114,6 +114,7 @@ class TeacherTopK:
     tail: "bucket" adds one bucket of probability 1 − Σp to both distributions (needs temperature 1); a row that lists
         every token has none and is renormalised;
         "renormalize" restricts both distributions to the support and renormalises them.
+        Against the student's softmax over all V, a teacher that gives other tokens nothing is TeacherLogits with −inf.
     """
 
     token_ids: Tensor
