@@ -279,6 +279,8 @@ class MindConfig(TrainingArguments):
         self._want("save_strategy", self.save_strategy != "best", "no, steps or epoch: nothing is evaluated in between")
         by_itself = getattr(self, "train_sampling_strategy", "random") in ("random", "sequential")  # not in the oldest
         self._want("train_sampling_strategy", by_itself, "random or sequential: a batch is made of questions")
+        averages = getattr(self, "average_tokens_across_devices", True)
+        self._want("average_tokens_across_devices", averages, "True: a step is the mean over all ranks' questions")
         given = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
         blind = given not in ("reduce_lr_on_plateau", "greedy")
         self._want("lr_scheduler_type", blind, "one that follows no evaluation: nothing is evaluated in between")

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mind.data import EncodedQuestion
 
 UNKNOWN = -1  # a token that the student's vocabulary lacks
+EXCLUDED = -9999.0  # as a log-probability
 MIN_ALIGNED = 0.9  # share of the student's tokens that the teacher must have written, too
 MAX_UNKNOWN = 0.01  # share of the names a server sends that may be none of the student's
 MIN_JUDGED = 20  # tokens before these shares say anything
@@ -71,10 +72,14 @@ class TopK:
 
 
 def topk_of(rows: Iterable[tuple[int, Sequence[tuple[int, float]]]], k: int) -> TopK:
-    """From (token written, (token, log-probability) pairs) for each position; pairs of UNKNOWN tokens are left out."""
+    """From (token written, (token, log-probability) pairs) for each position; what is not known is left out.
+
+    That is UNKNOWN tokens, and −9999, which servers write for a token that their sampling has excluded.
+    """
     token_ids, top_ids, logprobs = [], [], []
     for token_id, pairs in rows:
-        ascending = sorted(((i, value) for i, value in pairs if i != UNKNOWN), key=lambda pair: pair[1])
+        known = ((i, value) for i, value in pairs if i != UNKNOWN and value > EXCLUDED)
+        ascending = sorted(known, key=lambda pair: pair[1])
         best = sorted(dict(ascending).items(), key=lambda pair: -pair[1])[:k]  # of one token's two values the larger
         best += [(0, -math.inf)] * (k - len(best))
         token_ids.append(token_id)

@@ -117,6 +117,12 @@ def test_a_byte_and_the_letter_are_one_name() -> None:
     assert topk.top_ids[0, 0] == tokens.ids[b"a"] and topk.logprobs.tolist() == [[-1, -math.inf]]
 
 
+def test_what_a_servers_sampling_excluded_is_not_known() -> None:
+    """vLLM writes −9999 for −∞; as a log-probability it would make a reverse KL as large."""
+    topk = topk_of([(3, [(3, -0.5), (5, -9999.0), (7, -1.0)])], 3)
+    assert topk.top_ids.tolist() == [[3, 7, 0]] and topk.logprobs.tolist() == [[-0.5, -1.0, -math.inf]]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Alignment
 

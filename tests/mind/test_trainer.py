@@ -1103,6 +1103,7 @@ def test_a_student_that_is_not_finite_from_the_start(tmp_path: Path) -> None:
         ("fp16_full_eval", True, "fp16_full_eval: given True, wanted False: losses and answers are measured in the"),
         ("enable_jit_checkpoint", True, "enable_jit_checkpoint: given True, wanted False: it saves within a step"),
         ("per_device_eval_batch_size", 0, "per_device_eval_batch_size: given 0, wanted a positive number"),
+        ("average_tokens_across_devices", False, "average_tokens_across_devices: given False, wanted True: a step is"),
         ("weight_decay", -0.1, "weight_decay: given -0.1, wanted a number that is not negative"),
         ("neftune_noise_alpha", -5.0, "neftune_noise_alpha: given -5.0, wanted a number that is not negative"),
         ("lr_scheduler_type", "greedy", "lr_scheduler_type: given 'greedy', wanted one that follows no evaluation"),
