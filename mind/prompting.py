@@ -243,7 +243,7 @@ _LIST = re.compile(r"[;\n]|,(?!\d{3}(?!\d))|\\\\|\b(?:and|or)\b", re.IGNORECASE)
 _BRACKETS = re.compile(r"\([^()]*\)")
 _FRAME = re.compile(
     r"\$+([^$]+)\$+ | \\\((.+)\\\) | \\\[(.+)\\\] | \*\*(.+)\*\*"
-    r"| \\(?:boxed|text|mathrm|textbf)\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}",
+    r"| \\(?:boxed|text|mathrm|mbox|textbf|textit)\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}",
     re.VERBOSE | re.DOTALL,
 )
 _EMPHASIS = re.compile(r"(?<![^\s(])(\*{1,3}|`)(?=[^\s*`])(.{1,256}?)(?<=[^\s*`])\1(?![\w(*`])")
@@ -342,7 +342,8 @@ def _clean(text: str) -> str:
     """Without typographic variants, emphasis and what only frames an answer: $…$, \\boxed{…}, a final period."""
     text = re.sub(r"(?<=\d),\s*\\!\s*(?=\d)", ",", text)  # 11,\! 111
     text = _THOUSANDS_SPACE.sub("", text)
-    text = re.sub(r"(?<=\d)[\s~]*\\(?:text|mathrm)\{~?([^{}]*)\}", r" \1", text)  # 12\text{ cm}, 12\mathrm{~cm}
+    # 12\text{ cm}, 12\,\mathrm{~cm}
+    text = re.sub(r"(?<=\d)(?:[\s~]|\\[,;: ])*\\(?:text|mathrm|mbox)\{~?([^{}]*)\}", r" \1", text)
     text = _EMPHASIS.sub(r"\2", text)
     for old, new in (("−", "-"), ("–", "-"), ("\u00a0", " "), ("\u202f", " "), ("\\$", "$"), ("\\%", "%"), ("\\!", "")):
         text = text.replace(old, new)

@@ -383,6 +383,9 @@ SAME = [
     ("x + 2y = 5", "2y + x - 5 = 0"),
     ("3 apples + 2 apples = 5 apples", "5"),
     ("No, because yes is what he said", "no"),
+    ("15\\,\\text{cm}^2", "15 \\text{ cm}^2"),
+    ("15 cm^2", "15\\mbox{ cm}^2"),
+    ("\\textit{Evelyn}", "\\text{Evelyn}"),
 ]
 DIFFERENT = [
     (None, "42"),
@@ -506,6 +509,7 @@ DIFFERENT = [
     ("A. bank or B. library", "A. bank"),
     ("10 and a half", "10"),
     ("6 x/y", "6"),
+    ("15 cm", "15\\mbox{ cm}^2"),
 ]
 
 
