@@ -490,4 +490,4 @@ def _verify(given: str, wanted: str) -> bool:
         latex = text if re.search(r"\$|\\\(|\\\[", text) else f"${text}$"
         config = [math_verify.LatexExtractionConfig()]
         parsed.append(math_verify.parse(latex, config, fallback_mode="no_fallback", parsing_timeout=TIME_LIMIT))
-    return bool(math_verify.verify(*parsed, timeout_seconds=TIME_LIMIT))
+    return bool(math_verify.verify(*parsed, timeout_seconds=TIME_LIMIT, allow_set_relation_comp=True))

@@ -386,6 +386,9 @@ SAME = [
     ("15\\,\\text{cm}^2", "15 \\text{ cm}^2"),
     ("15 cm^2", "15\\mbox{ cm}^2"),
     ("\\textit{Evelyn}", "\\text{Evelyn}"),
+    ("x \\ge 5", "[5,\\infty)"),
+    ("-2 <= x <= 7", "x \\in [-2,7]"),
+    ("x ≠ 3", "(-\\infty,3) \\cup (3,\\infty)"),
 ]
 DIFFERENT = [
     (None, "42"),
@@ -510,6 +513,9 @@ DIFFERENT = [
     ("10 and a half", "10"),
     ("6 x/y", "6"),
     ("15 cm", "15\\mbox{ cm}^2"),
+    ("x > 5", "[5,\\infty)"),
+    ("-2 < x < 7", "x \\in [-2,7]"),
+    ("3 < x < 5", "(5,3)"),
 ]
 
 
