@@ -182,6 +182,7 @@ TOLERANCE = Fraction(1, 10**6)  # relative below 1, absolute above: two differen
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_TIMES_TEN = r"\s*(?:\\times|\\cdot|[*×x])\s*10\^"
 # A unit: words, with ^2 or ^{-1}, but not the rest of "3 and a half". What may be algebra is left to math-verify: one
 # letter, except before "/s", xy, pi or sqrt; without a space before it ab, too.
 _UNIT_BEHIND = r"""(?:(?:\s+|(?=[^\W\d_]{2}|°)(?!(?-i:(?!cc)[abcxyz]+)\b))(?!(?:[a-z](?!/s\b)|[xyz]+|pi|sqrt|and)\b)
@@ -189,7 +190,7 @@ _UNIT_BEHIND = r"""(?:(?:\s+|(?=[^\W\d_]{2}|°)(?!(?-i:(?!cc)[abcxyz]+)\b))(?!(?
 _NUMBER = re.compile(
     rf"""[$€£¥₹]?\s*(?P<sign>[-+]?)\s*[$€£¥₹]?\s*
     (?:(?P<whole>\d+)\s+(?=\d+\s*/))?                  # 3 1/2
-    (?P<numerator>{_DIGITS})(?:e(?P<exponent>[-+]?\d{{1,2}}))?
+    (?P<numerator>{_DIGITS})(?:(?:e|{_TIMES_TEN})(?P<exponent>[-+]?\d{{1,2}}))?
     (?:\s*/\s*(?P<denominator>{_DIGITS}))?
     (?:\s*(?P<scale>{"|".join(_SCALES)})s?\b)?
     (?:\s*(?:(?P<percent>%|percent\b)|[$€£¥₹¢]))?
@@ -235,7 +236,7 @@ _UNITS = tuple(
 _UNIT = r"(?:(?:square|cubic)\s+)?(?:[^\W\d_]+|°\s*[cf]|[$€£¥₹¢])(?:\^\{?[1-4]\}?)?"
 _WITH_UNIT = re.compile(
     rf"""(?:.*=)?\s*(?:[-+]?\s*([$€£¥₹])\s*[-+]?[\d.][^$]*
-    | [-+\d.,/\s]*\d\s*({_UNIT}(?:\s*(?:/|\bper\b)\s*{_UNIT})*))""",
+    | [-+\d.,/\s]*\d(?:{_TIMES_TEN}[-+]?\d+)?\s*({_UNIT}(?:\s*(?:/|\bper\b)\s*{_UNIT})*))""",
     re.VERBOSE | re.IGNORECASE | re.DOTALL,
 )
 _RELATION = re.compile("[=<>]")
@@ -265,7 +266,8 @@ _THOUSANDS_SPACE = re.compile(r"(?<=\d)(?:[\u00a0\u2009\u202f]|\\,)(?=\d{3}(?!\d
 _MIXED = re.compile(r"(?<![\d/.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])")  # 3 1/2, which LaTeX would multiply
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
-_ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-z]))")
+_FUNCTION = re.compile(r"(?<![\\a-z])(ln|log|sin|cos|tan|cot|sec|csc)(?![a-z])")  # without LaTeX's backslash
+_ROOT = re.compile(r"(?:√|(?<![\\a-z])sqrt)\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-z]))")
 # No word: what math-verify may read. Of letters alone only p - q, which hyphenated words do not resemble.
 _EXPRESSION = re.compile(r".*[\d\\^+*/=<>].*|-?\s*[a-z]\s*-\s*[a-z]|-\s*[a-z]", re.IGNORECASE | re.DOTALL)
 _BOTH = re.compile(r"(?:yes|no|true|false)(?:\s*/\s*|\s+(?:or|and)\s+)(?:yes|no|true|false)\b")
@@ -278,10 +280,10 @@ def answers_match(given: str | None, wanted: str) -> bool:
     In this order: the same words (case, spacing, final punctuation and a leading article aside); option letters
     ("(B)", "B.", "B) 12 cm", but not two names, "E. coli" and "E. faecalis"); yes/no and true/false by the first word,
     but neither of "yes or no"; clock times, ratios, ranges, scores and dates in figures part by part where both are;
-    numbers (thousands commas, decimals, fractions, mixed numbers, percentages, currency signs; what follows the last
-    "=", but not of a wanted equation, "x + 2y = 5"), where 75 % matches both 75 and 0.75, 5 million both 5,000,000 and
-    5; the rest, LaTeX, algebra and several statements ("x = 3, y = 5"), by math-verify, which takes "12-5" for 7.
-    Fractions, powers and roots may be Unicode's: ½, x², √2.
+    numbers (thousands commas, decimals, 3 \\times 10^8, fractions, mixed numbers, percentages, currency signs; what
+    follows the last "=", but not of a wanted equation, "x + 2y = 5"), where 75 % matches both 75 and 0.75, 5 million
+    both 5,000,000 and 5; the rest, LaTeX, algebra and several statements ("x = 3, y = 5"), by math-verify, which takes
+    "12-5" for 7. Fractions, powers and roots may be Unicode's: ½, x², √2.
 
     A unit may be missing ("5 km" matches "5", "5 km/h" matches "5 km") and is never converted; two units differ where
     both are among _UNITS, by whatever name: "5 km" does not match "5 m", "5 m²" and "5 m/s" not "5 m^3" and "5 m/min".
@@ -342,6 +344,8 @@ def _clean(text: str) -> str:
     """Without typographic variants, emphasis and what only frames an answer: $…$, \\boxed{…}, a final period."""
     text = re.sub(r"(?<=\d),\s*\\!\s*(?=\d)", ",", text)  # 11,\! 111
     text = _THOUSANDS_SPACE.sub("", text)
+    text = _SUPERSCRIPT.sub(lambda match: "^" + _braced(match[0].translate(_RAISED)), text)
+    text = re.sub(r"(?<=10\^)\{([-+−]?\d+)\}", r"\1", text)  # 10^{-9}, of which _verify makes LaTeX again
     # 12\text{ cm}, 12\,\mathrm{~cm}
     text = re.sub(r"(?<=\d)(?:[\s~]|\\[,;: ])*\\(?:text|mathrm|mbox)\{~?([^{}]*)\}", r" \1", text)
     text = _EMPHASIS.sub(r"\2", text)
@@ -350,7 +354,6 @@ def _clean(text: str) -> str:
     text = text.replace("{,}", ",").replace("∞", "\\infty ")
     text = re.sub(r"π|(?<![\\a-z])pi\b", r"\\pi ", text, flags=re.IGNORECASE)
     text = _VULGAR_FRACTION.sub(lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/"), text)
-    text = _SUPERSCRIPT.sub(lambda match: "^" + _braced(match[0].translate(_RAISED)), text)
     text = _ROOT.sub(lambda match: f"\\sqrt{{{match[1] or match[2]}}}", text)
     text = re.sub(r"(?<=\d)\s*·\s*(?=\d)", r" \\cdot ", text)
     while True:
@@ -486,6 +489,7 @@ def _verify(given: str, wanted: str) -> bool:
     parsed = []
     for text in (wanted, given):
         # The whole text is one expression, not the first number in a sentence.
+        text = re.sub(r"(?<=10\^)([-+]?\d+)", r"{\1}", _FUNCTION.sub(r"\\\1", text))
         text = _MIXED.sub(r"\1\\frac{\2}{\3}", text.replace("°", "^\\circ "))
         latex = text if re.search(r"\$|\\\(|\\\[", text) else f"${text}$"
         config = [math_verify.LatexExtractionConfig()]
