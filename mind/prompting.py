@@ -184,8 +184,9 @@ _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _TIMES_TEN = r"\s*(?:\\times|\\cdot|[*×x])\s*10\^"
 # A unit: words, with ^2 or ^{-1}, but not the rest of "3 and a half". What may be algebra is left to math-verify: one
-# letter, except before "/s", xy, pi or sqrt; without a space before it ab, too.
-_UNIT_BEHIND = r"""(?:(?:\s+|(?=[^\W\d_]{2}|°)(?!(?-i:(?!cc)[abcxyz]+)\b))(?!(?:[a-z](?!/s\b)|[xyz]+|pi|sqrt|and)\b)
+# letter, except before "/s" and in "a day", xy, pi or sqrt; without a space before it ab, too.
+_UNIT_BEHIND = r"""(?:(?:\s+|(?=[^\W\d_]{2}|°)(?!(?-i:(?!cc)[abcxyz]+)\b))
+    (?!(?:[a-z](?!/s\b|(?<=a)\s[a-z]{2})|[xyz]+|pi|sqrt|and)\b)
     [^\W\d_°](?:[^\d\\=+*<>^]|\^\{?-?[1-4]\}?)*|\s*°[cf]?)?"""
 _NUMBER = re.compile(
     rf"""[$€£¥₹]?\s*(?P<sign>[-+]?)\s*[$€£¥₹]?\s*
@@ -201,6 +202,8 @@ _NUMBER = re.compile(
 _UNITS = tuple(
     frozenset(names.split())
     for names in (
+        "nm nanometer nanometre",
+        "μm micron micrometer micrometre",
         "mm millimeter millimetre",
         "cm centimeter centimetre",
         "m meter metre",
@@ -249,7 +252,7 @@ _FRAME = re.compile(
 )
 _EMPHASIS = re.compile(r"(?<![^\s(])(\*{1,3}|`)(?=[^\s*`])(.{1,256}?)(?<=[^\s*`])\1(?![\w(*`])")
 _OPTION = re.compile(
-    r"(?:(?i:option|choice)\s+)?(?:\(([A-Z])\)[.:]?|\[([A-Z])\][.:]?|([A-Z])(?:\)[.:]?|[.:]))(?:\s.*)?", re.DOTALL
+    r"(?:(?i:option|choice)\s+)?(?:\(([A-Za-z])\)[.:]?|\[([A-Z])\][.:]?|([A-Z])(?:\)[.:]?|[.:]))(?:\s.*)?", re.DOTALL
 )
 _OPTION_ALONE = re.compile(r"(?:(?:option|choice)\s+)?[(\[]?([A-Z])[)\]]?[.:]?", re.IGNORECASE)
 _INITIAL = re.compile(r"[A-Z]\.\s*(.+)", re.DOTALL)  # of a name, or an option's letter
@@ -261,8 +264,8 @@ _PARTS = re.compile(  # 7:30 pm and 3:4, 7 pm, 5-10 minutes and 2020-03-05, 3/5/
 )
 _EDGES = re.compile(r"""^(?:["'“”‘’,;:!?\s]|\.(?!\d))+|["'“”‘’.,;:!?\s]+$""")  # but for the period of .5
 _VULGAR_FRACTION = re.compile("[¼-¾⅐-⅞]")
-# 1 000 with a space that does not break, or LaTeX's; not the whole of a mixed number
-_THOUSANDS_SPACE = re.compile(r"(?<=\d)(?:[\u00a0\u2009\u202f]|\\,)(?=\d{3}(?!\d|\s*/))")
+# 1 000 with a space, one that does not break, or LaTeX's; not the whole of a mixed number
+_THOUSANDS_SPACE = re.compile(r"(?<=\d)(?:[ \u00a0\u2009\u202f]|\\,)(?=\d{3}(?!\d|\s*/))")
 _MIXED = re.compile(r"(?<![\d/.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])")  # 3 1/2, which LaTeX would multiply
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
@@ -270,7 +273,7 @@ _FUNCTION = re.compile(r"(?<![\\a-z])(ln|log|sin|cos|tan|cot|sec|csc)(?![a-z])")
 _ROOT = re.compile(r"(?:√|(?<![\\a-z])sqrt)\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-z]))")
 # No word: what math-verify may read. Of letters alone only p - q, which hyphenated words do not resemble.
 _EXPRESSION = re.compile(r".*[\d\\^+*/=<>].*|-?\s*[a-z]\s*-\s*[a-z]|-\s*[a-z]", re.IGNORECASE | re.DOTALL)
-_BOTH = re.compile(r"(?:yes|no|true|false)(?:\s*/\s*|\s+(?:or|and)\s+)(?:yes|no|true|false)\b")
+_BOTH = re.compile(r"(?:yes|no|true|false)\W*(?:/|\b(?:or|and)\b)\W*(?:yes|no|true|false)\b")
 _TRUTH = {"yes": True, "true": True, "no": False, "false": False}
 
 
@@ -309,8 +312,9 @@ def answers_match(given: str | None, wanted: str) -> bool:
     if given_option and wanted_option:
         return given_option == wanted_option and not _other_names(given, wanted)
     if _words(wanted) in _TRUTH:
-        first_word = re.split(r"\W", _words(given), maxsplit=1)[0]
-        return _TRUTH.get(first_word) == _TRUTH[_words(wanted)] and not _BOTH.match(_words(given))
+        words = _words(given).lstrip("(")
+        first_word = re.split(r"\W", words, maxsplit=1)[0]
+        return _TRUTH.get(first_word) == _TRUTH[_words(wanted)] and not _BOTH.match(words)
     for (given_rows, given_power), (wanted_rows, wanted_power) in zip(_units(given), _units(wanted), strict=False):
         if given_power != wanted_power or not given_rows & wanted_rows:
             return False
@@ -351,7 +355,7 @@ def _clean(text: str) -> str:
     text = _EMPHASIS.sub(r"\2", text)
     for old, new in (("−", "-"), ("–", "-"), ("\u00a0", " "), ("\u202f", " "), ("\\$", "$"), ("\\%", "%"), ("\\!", "")):
         text = text.replace(old, new)
-    text = text.replace("{,}", ",").replace("∞", "\\infty ")
+    text = text.replace("{,}", ",").replace("∞", "\\infty ").replace("\\degree", "°")
     text = re.sub(r"π|(?<![\\a-z])pi\b", r"\\pi ", text, flags=re.IGNORECASE)
     text = _VULGAR_FRACTION.sub(lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/"), text)
     text = _ROOT.sub(lambda match: f"\\sqrt{{{match[1] or match[2]}}}", text)
@@ -490,6 +494,7 @@ def _verify(given: str, wanted: str) -> bool:
     for text in (wanted, given):
         # The whole text is one expression, not the first number in a sentence.
         text = re.sub(r"(?<=10\^)([-+]?\d+)", r"{\1}", _FUNCTION.sub(r"\\\1", text))
+        text = re.sub(r",\s*(?:and|or)\b", ",", text)
         text = _MIXED.sub(r"\1\\frac{\2}{\3}", text.replace("°", "^\\circ "))
         latex = text if re.search(r"\$|\\\(|\\\[", text) else f"${text}$"
         config = [math_verify.LatexExtractionConfig()]

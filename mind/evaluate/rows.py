@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mind.prompting import PromptFormat, answers_match
+from mind.prompting import PromptFormat, answers_match, is_option
 
 if TYPE_CHECKING:
     import datasets
-
-
-_LETTER = re.compile(r"\W*(?:(?:option|choice)\W+)?[A-Z]\W*", re.IGNORECASE)
 
 
 def gsm8k(dataset: datasets.Dataset) -> datasets.Dataset:
@@ -83,7 +79,7 @@ def exact_match(doc: Mapping[str, Any], results: Sequence[str], prompt_format: P
     answer = (prompt_format or PromptFormat()).extract_answer(results[0])
     named, *others = doc["answers"]
     right = answers_match(answer, named) or answer in others
-    if not right and answer is not None and not _LETTER.fullmatch(answer):
+    if not right and answer is not None and not is_option(answer):
         right = any(answers_match(answer, other) for other in others)
     return {"exact_match": float(right)}
 

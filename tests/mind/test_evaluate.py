@@ -206,6 +206,7 @@ def test_rows_of_every_task(name: str) -> None:
         ("C. elegans", "the C. elegans", 1.0),
         ("C. elegans", "C", 0.0),  # another option
         ("C. elegans", "Option C", 0.0),
+        ("C. elegans", "(C) D", 0.0),  # what is read of "(C) D. melanogaster"
         ("y", "y", 1.0),
     ],
 )
