@@ -125,7 +125,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default=default_device(), help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--cases", nargs="+", metavar="NAME", help=f"of {', '.join(LOSS_CASES)}")
     parser.add_argument(
-        "--providers", nargs="+", metavar="NAME", help=f"of {', '.join(PROVIDERS)}; mind@64MiB: with that budget"
+        "--providers",
+        nargs="+",
+        metavar="NAME",
+        help=f"of {', '.join(PROVIDERS)}; mind@64MiB: with that budget; MODULE:FUNCTION: yours, which takes hidden "
+        "states (N, H), weight (V, H) and labels (N,), of a divergence the teacher's states and weight in place of the "
+        "labels, and returns the mean over the rows",
     )
     parser.add_argument("--rows", nargs="+", type=int, metavar="N", help="rows instead of each case's own")
     parser.add_argument("--dtypes", nargs="+", metavar="NAME", default=["bfloat16"], help=f"of {', '.join(DTYPES)}")

@@ -388,6 +388,33 @@ def flash_linear_attention(case: LossCase, device: str, dtype: torch.dtype) -> C
     return from_mean(case, lambda X, W, labels: module(X, labels, W))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# A function of the user's
+
+
+def own_function(name: str) -> Provider:
+    """MODULE:FUNCTION, importable from the present folder, which returns the mean over the rows as a scalar.
+
+    Of a cross-entropy case it is given (hidden_states (N, H), weight (V, H), labels (N,)); of a divergence's
+    (hidden_states, weight, teacher_hidden_states (N, H_t), teacher_weight (V, H_t)). Softcap cases are not for it.
+
+    Raises: ValueError when there is no such function.
+    """
+    module_name, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"given {name!r}, wanted MODULE:FUNCTION ({error})") from error
+
+    def prepare(case: LossCase, device: str, dtype: torch.dtype) -> Call:
+        if case.loss == "cross-entropy":
+            _no_softcap(case)
+            return from_mean(case, function)
+        return Call(lambda given: function(*given.leaves, *_teacher(given)))
+
+    return Provider(name, module_name.partition(".")[0], prepare)
+
+
 PROVIDERS = {
     provider.name: provider
     for provider in (
@@ -413,10 +440,12 @@ PROVIDERS = {
 
 
 def find_provider(name: str) -> Provider:
-    """A name in PROVIDERS, or one of this project's paths with its budget, as mind@64MiB.
+    """A name in PROVIDERS, one of this project's paths with its budget, as mind@64MiB, or a function, MODULE:FUNCTION.
 
     Raises: ValueError naming what was given and what there is.
     """
+    if ":" in name:
+        return own_function(name)
     base, _, budget = name.partition("@")
     match = re.fullmatch(r"(\d+)MiB", budget)
     if base in PROVIDERS and not budget:
@@ -424,4 +453,7 @@ def find_provider(name: str) -> Provider:
     if base in PROVIDERS and PROVIDERS[base].is_ours and match and int(match[1]) > 0:
         backend = "triton" if base.endswith("triton") else "torch"
         return replace(PROVIDERS[base], name=name, prepare=mind(backend, int(match[1]) * 2**20))
-    raise ValueError(f"given {name!r}, wanted one of {', '.join(PROVIDERS)}, or mind@64MiB for a budget of its logits")
+    raise ValueError(
+        f"given {name!r}, wanted one of {', '.join(PROVIDERS)}, mind@64MiB for a budget of its logits, or "
+        "MODULE:FUNCTION for one of yours"
+    )

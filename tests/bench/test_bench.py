@@ -319,6 +319,8 @@ def test_hidden_states_that_are_not_cached() -> None:
         (losses, ["--cases", "gpt-5"], "--cases: given 'gpt-5'"),
         (losses, ["--providers", "mind", "gpt"], "--providers: given 'gpt'"),
         (losses, ["--providers", "pytorch@64MiB"], "--providers: given 'pytorch@64MiB'"),
+        (losses, ["--providers", "no_such:loss"], "wanted MODULE:FUNCTION (No module named 'no_such')"),
+        (losses, ["--providers", "math:loss"], "wanted MODULE:FUNCTION (module 'math' has no attribute 'loss')"),
         (losses, ["--dtypes", "float8"], "--dtypes: given 'float8'"),
         (losses, ["--device", "tpu"], "--device: given 'tpu'"),
         (losses, ["--rows", "0"], "--rows: given 0"),
@@ -355,6 +357,28 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["--device", "cpu", "--dry-run", "--providers", *CPU_PROVIDERS, "mind@1MiB", "mind@2MiB"]
     assert losses.main([*arguments, "--results", str(path)]) == 0
     return path
+
+
+def test_a_function_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch.nn.functional as F\n"
+        "def loss(X, W, labels):\n    return F.cross_entropy(F.linear(X, W), labels)\n"
+        "def wrong(X, W, labels):\n    return 1.1 * loss(X, W, labels)\n"
+        "def kl(X, W, X_t, W_t):\n"
+        "    log_s, log_t = F.linear(X, W).log_softmax(-1), F.linear(X_t, W_t).log_softmax(-1)\n"
+        "    return F.kl_div(log_s, log_t, log_target=True, reduction='batchmean')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for case, names in (("tiny", ["loss", "wrong"]), ("tiny-mind", ["loss"]), ("tiny-kl", ["kl"])):
+        document, rows = measure(*(find_provider(f"mine:{name}") for name in names), case=case)
+        assert rows[f"mine:{names[0]}"]["status"] == OK and rows[f"mine:{names[0]}"]["times"]["both"]["p50"] > 0
+        assert ("cannot weight them" in rows[f"mine:{names[0]}"]["note"]) == (case == "tiny-mind")
+        if "wrong" in names:
+            assert rows["mine:wrong"]["status"] == WRONG
+            slower = copy.deepcopy(document)
+            slower["rows"][0]["times"]["both"]["p50"] *= 2
+            worse = compare.compare(*({"kind": "losses", "cases": [one]} for one in (document, slower)), margin=0.15)[1]
+            assert worse == 1
 
 
 def test_dry_run(run: Path) -> None:

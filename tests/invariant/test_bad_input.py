@@ -384,10 +384,8 @@ def test_a_checkpoint_of_another_run(
 def test_not_a_checkpoint(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     given = refused(flags(inputs, tmp_path / "out", resume_from_checkpoint=tmp_path / "empty"), capsys)
-    assert (
-        given
-        == f"{tmp_path}/empty: holds no mind_state.pt, wanted a checkpoint written by MindTrainer without save_only_model"
-    )
+    wanted = "wanted a checkpoint written by MindTrainer without save_only_model"
+    assert given == f"{tmp_path}/empty: holds no mind_state.pt, {wanted}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
