@@ -15,7 +15,9 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(create):
         def poisoned(*args, **kwargs):
             tensor = create(*args, **kwargs)
-            return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+            if tensor.is_floating_point():
+                tensor.detach().fill_(math.nan)  # PyTorch's own may require a gradient
+            return tensor
 
         return poisoned
 
