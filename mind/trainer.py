@@ -168,6 +168,11 @@ class MindTrainer(Trainer):
                     f"teacher: has {given_size} tokens in its vocabulary, wanted at least the {num_tokens} of the "
                     "student's tokenizer"
                 )
+            warnings.warn(
+                f"teacher: has a head of {given_size} tokens, the student one of {own_size}: the KL is over the first "
+                f"{num_tokens}, which are the tokenizer's",
+                stacklevel=3,
+            )
             self._shared_vocab_size = num_tokens
         return attachment
 

@@ -569,7 +569,9 @@ def test_a_white_box_teacher(vocab_size: int, num_shared: int, share_prompt: boo
     """
     student, teacher = tiny_student(), tiny_student(5, vocab_size=vocab_size, hidden_size=16, num_attention_heads=2)
     changes = {"method": "single_path", "kl_weight": 0.7, "share_prompt": share_prompt}
-    trainer = make_trainer(tmp_path, student, max_steps=1, teacher=teacher, **changes)
+    told = f"teacher: has a head of {vocab_size} tokens, the student one of 300: the KL is over the first 258"
+    with nullcontext() if vocab_size == 300 else pytest.warns(UserWarning, match=told):
+        trainer = make_trainer(tmp_path, student, max_steps=1, teacher=teacher, **changes)
     spy = Spy(trainer)
     reference = tiny_student().eval()
     trainer.train()
