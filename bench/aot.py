@@ -156,7 +156,7 @@ def shipped(V: int, dtype: torch.dtype, quick: bool) -> list[Launch]:
                     )  # fmt: skip
     with recording("top-k", launches):
         topk_kl_(
-            z, z, torch.zeros(2, 8, dtype=torch.int64), torch.full((2, 8), -3.0), "bucket", rows, ones, ones,
+            z, z, torch.arange(8).expand(2, -1), torch.full((2, 8), -3.0), "bucket", rows, ones, ones,
             losses, losses, KLOptions(), pairs=pairs, needs_gradient=True,
         )  # fmt: skip
     for K in (8,) if quick else (2, 4, 8):
