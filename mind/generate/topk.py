@@ -28,6 +28,7 @@ from torch import Tensor
 from mind.generate import GenerateError
 from mind.prompting import PromptFormat, token_that_differs
 from mind_kernels import TeacherTopK
+from mind_kernels.chunking import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -335,8 +336,8 @@ class TopKTeacher:
             logprobs[r, start + known] = values[known]
         flat = (len(chosen) * width, self.k)
         return TeacherTopK(
-            torch.from_numpy(token_ids.reshape(flat)).to(device),
-            torch.from_numpy(logprobs.reshape(flat)).to(device),
+            to_device(torch.from_numpy(token_ids.reshape(flat)), torch.device(device)),
+            to_device(torch.from_numpy(logprobs.reshape(flat)), torch.device(device)),
             tail=self.tail,
         )
 

@@ -189,6 +189,29 @@ def stored(path: Path, tokenizer: Any, missing: int = 0) -> dict[tuple[str, str]
     return answers
 
 
+def test_rows_reach_a_gpu_without_a_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From memory that is not pinned the host would wait until the GPU has done all its work before."""
+    tokenizer = byte_tokenizer()
+    stored(tmp_path / "t.parquet", tokenizer)
+    questions = encoded(two_questions(), tokenizer).questions
+    teacher = TopKTeacher(tmp_path / "t.parquet", questions, ("x", "y"))
+    pinned: list[torch.Tensor] = []
+    copies: list[bool] = []
+
+    def pin_memory(self: torch.Tensor) -> torch.Tensor:
+        pinned.append(self)
+        return self
+
+    def to(self: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        copies.append(non_blocking and any(self is one for one in pinned))
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    teacher.rows(questions, torch.tensor([[True, True], [True, False]]), 64, torch.device("cuda", 0))
+    assert copies == [True, True]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
 def test_the_loss_takes_what_the_file_holds(divergence: str, temperature: float, tmp_path: Path) -> None:
