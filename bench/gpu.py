@@ -2,8 +2,8 @@
 
     python -m bench.gpu [--results FILE] [--dry-run]
 
-First the kernels' tests on this device; no number is made after a failure. Then, for heads of real models and
-N = 16,384 supervised rows in bf16, forward + backward:
+First the kernels' tests on this device. What fails is named in the file beside the numbers, which then are no claim,
+and the exit status is 1. Then, for heads of real models and N = 16,384 supervised rows in bf16, forward + backward:
 
     three products   Z = X Wᵀ, dX = Z W, dW = Zᵀ X        6·N·H·V FLOP
     four products    and Z_t = X_t W_tᵀ of the teacher    8·N·H·V FLOP
@@ -24,8 +24,10 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -384,32 +386,44 @@ def check_no_wait(given: Inputs, index: Tensor, **options: Any) -> bool:
     return True
 
 
-def check_kernels(dry_run: bool) -> float:
-    """Seconds that the kernels' tests took; a failure ends the program."""
-    start = time.perf_counter()
+def check_kernels(dry_run: bool) -> list[str]:
+    """The kernels' tests that fail."""
     tests = ["test_triton.py"] if dry_run else ["test_triton.py", "test_triton_columns.py", "test_devices.py"]
     arguments = [f"tests/mind_kernels/{name}" for name in tests]
     arguments += ["-k", "cross_entropy_kernel and 41"] if dry_run else []
-    status = run_tests(arguments, max(1, min(MOST_TEST_PROCESSES, (os.cpu_count() or 1) // 2)))
-    if status:
-        raise SystemExit(f"bench.gpu: the kernels' tests failed with exit status {status}: no numbers")
-    return time.perf_counter() - start
+    return run_tests(arguments, max(1, min(MOST_TEST_PROCESSES, (os.cpu_count() or 1) // 2)))
 
 
-def run_tests(arguments: list[str], processes: int) -> int:
-    """0, or the exit status of a pytest that failed.
+def run_tests(arguments: list[str], processes: int) -> list[str]:
+    """The names of those that fail, of a pytest that ends early its exit status.
 
     Most of their time is that of a compiler: about 500 variants of kernels, half a second each. So they are dealt out.
+
+    Raises: SystemExit where they cannot be collected.
     """
-    pytest = [sys.executable, "-m", "pytest", "-q"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "--color=no"]
     listed = subprocess.run([*pytest, "--collect-only", *arguments], capture_output=True, text=True)
     if listed.returncode:
         print(listed.stdout, listed.stderr, file=sys.stderr)
-        return listed.returncode
+        raise SystemExit(f"bench.gpu: the kernels' tests cannot be collected, exit status {listed.returncode}")
     names = [line for line in listed.stdout.splitlines() if "::" in line]
-    shares = [share for i in range(processes) if (share := names[i::processes])]
-    running = [subprocess.Popen([*pytest, "-x", *share]) for share in shares]
-    return max(process.wait() for process in running)
+    failed: list[str] = []
+    with ExitStack() as files:
+        running = []
+        for i in range(min(processes, len(names))):
+            output = files.enter_context(tempfile.TemporaryFile("w+"))
+            command = [*pytest, "--tb=short", *names[i::processes]]
+            running.append((subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT), output))
+        for process, output in running:
+            status = process.wait()
+            output.seek(0)
+            lines = output.read().splitlines()
+            found = [name for name in names if any(line.startswith(f"FAILED {name}") for line in lines)]
+            found += [line for line in lines if line.startswith("ERROR ")]
+            failed += found or ([f"exit status {status} of a pytest"] if status else [])
+            if status:
+                print("\n".join(lines), file=sys.stderr)
+    return failed
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -481,7 +495,8 @@ def main() -> None:
     if device == "cpu" and not args.dry_run:
         raise SystemExit("bench.gpu: no GPU is available, wanted one (or --dry-run)")
     start = time.perf_counter()
-    test_seconds = check_kernels(args.dry_run)
+    failed_tests = check_kernels(args.dry_run)
+    test_seconds = time.perf_counter() - start
     cases, bench, budgets = GPU_CASES, Bench(device, 50), BUDGETS
     if args.dry_run:
         if device == "cpu":
@@ -489,7 +504,8 @@ def main() -> None:
         cases, bench = [Case("dry-run", 64, 8, 600, 1.0, 1.0)], Bench(device, 1)
         budgets = {"default": None, "16 rows": 16 * 600 * 2}
     results: list[dict[str, Any]] = []
-    document = {"environment": environment(device), "test_seconds": test_seconds, "results": results}
+    document: dict[str, Any] = {"environment": environment(device), "test_seconds": test_seconds}
+    document |= {"failed_tests": failed_tests, "results": results}
 
     def save(rows: list[dict[str, Any]]) -> None:
         """What is measured stays, whatever becomes of the rest."""
@@ -506,6 +522,8 @@ def main() -> None:
         print(f"{case.name}: {time.perf_counter() - start:.0f} s", flush=True)
     show([result for result in results if "failed" not in result])
     print(f"{time.perf_counter() - start:.0f} s, of which tests {test_seconds:.0f} s")
+    if failed_tests:
+        raise SystemExit(f"bench.gpu: {len(failed_tests)} tests failed, the numbers are no claim: {failed_tests}")
     if '"failed"' in json.dumps(results):
         raise SystemExit("bench.gpu: not everything could be measured: see above")
 

@@ -358,6 +358,7 @@ class MindTrainer(Trainer):
             rows = rows[:, (rows >= 0).all(0)]
             if len(rows) < 2:
                 continue
+            rows = to_device(rows, hidden_states.device)
             with self.accelerator.autocast():
                 logits = student.logits(hidden_states[rows], torch.float32)  # (2, A, V)
             log_p, log_q = logits.log_softmax(-1)

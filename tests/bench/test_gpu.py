@@ -91,7 +91,7 @@ def test_what_fails_is_told_and_the_rest_goes_on(
     monkeypatch.setattr(gpu, "QUESTIONS", 2)
     monkeypatch.setattr(gpu, "mind_loss", refused)
     monkeypatch.setattr(gpu, "check_no_wait", waits)
-    monkeypatch.setattr(gpu, "check_kernels", lambda dry_run: 0.0)
+    monkeypatch.setattr(gpu, "check_kernels", lambda dry_run: [])
     monkeypatch.setattr(gpu, "PRUNED_HEADS", ())
     monkeypatch.setattr("sys.argv", ["bench.gpu", "--dry-run", "--results", str(results)])
     with pytest.raises(SystemExit, match="not everything could be measured"):
@@ -114,7 +114,7 @@ def test_a_run_that_is_cut_off_leaves_its_rows(monkeypatch: pytest.MonkeyPatch, 
 
     results = tmp_path / "gpu.json"
     monkeypatch.setattr(gpu, "QUESTIONS", 2)
-    monkeypatch.setattr(gpu, "check_kernels", lambda dry_run: 0.0)
+    monkeypatch.setattr(gpu, "check_kernels", lambda dry_run: [])
     monkeypatch.setattr(gpu, "answer_index", cut_off)  # after the rows of the budgets and of the divergences
     monkeypatch.setattr("sys.argv", ["bench.gpu", "--dry-run", "--results", str(results)])
     with pytest.raises(KeyboardInterrupt):
@@ -137,11 +137,26 @@ def test_tests_are_dealt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name, last in (("right", "True"), ("wrong", "i != 'a b'")):
         body = f"    pathlib.Path(f'{name}-{{i}}').write_text(str(os.getpid()))\n    assert {last}\n"
         Path(f"test_{name}.py").write_text(code + body)
-    assert gpu.run_tests(["test_right.py"], 2) == 0
+    assert gpu.run_tests(["test_right.py"], 2) == []
     ran = [path.read_text() for path in tmp_path.glob("right-*")]
     assert len(ran) == 5 and len(set(ran)) == 2
-    assert gpu.run_tests(["test_wrong.py"], 3) == 1
-    assert gpu.run_tests(["test_missing.py"], 2) != 0
+    assert gpu.run_tests(["test_wrong.py"], 3) == ["test_wrong.py::test_one[a b]"]
+    assert len(list(tmp_path.glob("wrong-*"))) == 5  # one that fails hides no other
+    Path("test_dead.py").write_text("import os\ndef test_one():\n    os._exit(7)\n")
+    assert gpu.run_tests(["test_dead.py"], 2) == ["exit status 7 of a pytest"]
+    with pytest.raises(SystemExit, match="the kernels' tests cannot be collected, exit status 4"):
+        gpu.run_tests(["test_missing.py"], 2)
+
+
+def test_numbers_beside_a_test_that_fails_are_no_claim(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    results = tmp_path / "gpu.json"
+    monkeypatch.setattr(gpu, "check_kernels", lambda dry_run: ["test_triton.py::test_one"])
+    monkeypatch.setattr(gpu, "measure_head", lambda *_: {"rows": []})
+    monkeypatch.setattr(gpu, "show", lambda results: None)
+    monkeypatch.setattr("sys.argv", ["bench.gpu", "--dry-run", "--results", str(results)])
+    with pytest.raises(SystemExit, match=r"1 tests failed, the numbers are no claim: \['test_triton.py::test_one'\]"):
+        gpu.main()
+    assert json.loads(results.read_text())["failed_tests"] == ["test_triton.py::test_one"]
 
 
 def test_no_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
