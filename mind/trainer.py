@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import AutocastKwargs
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -467,11 +468,15 @@ class MindTrainer(Trainer):
             max_logits_bytes=args.max_logits_bytes,
             gradient_tolerance=args.gradient_tolerance,
         )
+        handler = self.accelerator.autocast_handler
+        # A pass multiplies by each weight once: a cache would only keep all weights' 16-bit copies until its end.
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         try:
             if self._shares_prompts is None:
                 self._shares_prompts = self._can_share_prompts()
             yield
         finally:
+            self.accelerator.autocast_handler = handler
             # Accelerate has wrapped the attached forward for mixed precision: take that off first.
             self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
             self._student.detach()

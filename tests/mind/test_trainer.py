@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 from transformers.integrations.flash_attention import get_target_dtype
 
@@ -631,6 +632,43 @@ def test_lora_trains_the_adapters_alone(tmp_path: Path) -> None:
         plain = name.replace("_proj.", "_proj.base_layer.")
         assert torch.equal(after[plain if plain in after else name], tensor), name
     assert any(parameter.abs().sum() > 0 for name, parameter in trainer.model.named_parameters() if "lora_B" in name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+class Copies(TorchDispatchMode):
+    """The most bytes that a model's weights take at a time in another dtype."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.weights = {parameter.data_ptr() for parameter in model.parameters()}
+        self.bytes = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.weights:
+            storage = output.untyped_storage()
+            self.bytes += storage.nbytes()
+            self.most = max(self.most, self.bytes)
+            weakref.finalize(storage, self.free, storage.nbytes())
+        return output
+
+    def free(self, size: int) -> None:
+        self.bytes -= size
+
+
+@pytest.mark.parametrize("method", ["mind", "no_fusion"])  # with a forward-only pass and without
+def test_copies_of_weights_in_bf16_are_freed(method: str, tmp_path: Path) -> None:
+    """A forward-only pass and a checkpointed one hold those of a layer, not of all."""
+    student = tiny_student(num_hidden_layers=8)
+    trainer = make_trainer(tmp_path, student, method=method, bf16=True, gradient_checkpointing=True)
+    with Copies(student) as copies:
+        trainer.train()
+    layer = 2 * sum(parameter.numel() for parameter in student.get_decoder().layers[0].parameters())
+    head = 2 * student.lm_head.weight.numel()
+    assert 0 < copies.most <= head + 2 * layer < 8 * layer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
