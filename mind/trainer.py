@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import AutocastKwargs
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -474,7 +475,10 @@ class MindTrainer(Trainer):
         try:
             if self._shares_prompts is None:
                 self._shares_prompts = self._can_share_prompts()
-            yield
+            # Autocast casts what an adapter reads. Cast to its fp32 before, each would keep a copy of its own.
+            autocasts = args.use_lora and self.accelerator.native_amp
+            with disable_input_dtype_casting(self.model, active=autocasts):
+                yield
         finally:
             self.accelerator.autocast_handler = handler
             # Accelerate has wrapped the attached forward for mixed precision: take that off first.

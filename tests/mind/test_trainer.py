@@ -671,6 +671,36 @@ def test_copies_of_weights_in_bf16_are_freed(method: str, tmp_path: Path) -> Non
     assert 0 < copies.most <= head + 2 * layer < 8 * layer
 
 
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_adapters_keep_no_copies_of_what_they_read(
+    gradient_checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They read what their layer reads, in bf16, to the same losses as from copies in fp32."""
+    losses, read = [], []
+    for copies in (True, False):
+        if copies:
+            monkeypatch.setattr(mind.trainer, "disable_input_dtype_casting", lambda *args, **keywords: nullcontext())
+        student = tiny_student().to(torch.bfloat16)
+        changes = {"use_lora": True, "bf16": True, "gradient_checkpointing": gradient_checkpointing}
+        trainer = make_trainer(tmp_path, student, max_steps=4, learning_rate=1e-2, **changes)
+        dtypes: set[torch.dtype] = set()
+
+        def hook(module: nn.Module, args: Any, dtypes: set[torch.dtype] = dtypes) -> None:
+            if torch.is_autocast_enabled("cpu"):  # not in the check of what the loss is attached to
+                dtypes.add(args[0].dtype)
+
+        for name, module in trainer.model.named_modules():
+            if name.endswith("lora_A.default"):
+                module.register_forward_pre_hook(hook)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        read.append(dtypes)
+        trainer.model(torch.tensor([[1, 2]]))  # without autocast, where the cast is needed
+        monkeypatch.undo()
+    assert losses[0] == losses[1] and len(losses[1]) == 4
+    assert read == [{torch.float32}, {torch.bfloat16}]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Logging, saving
 
