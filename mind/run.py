@@ -89,6 +89,7 @@ def distil(run: RunArguments, config: MindConfig) -> dict[str, Any]:
             )
 
         dataset, measured_dataset = encode(records), encode(measured)
+        encoder = None  # and its memory on the device is the student's
     if run.teacher_topk is not None:
         teacher = TopKTeacher(run.teacher_topk, dataset.questions, perspectives, kl_temperature=config.kl_temperature)
     trainer = MindTrainer(student, config, dataset, processing_class=tokenizer, teacher=teacher)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,10 +14,13 @@ import torch
 
 from mind.cli import RunArguments, UsageError, main, parse_settings, parse_train, train_parser
 from mind.config import MindConfig
+from mind.data import Record
 from mind.evaluate.command import _parser as evaluate_parser
 from mind.generate.command import GenerateConfig
 from mind.generate.command import parse as parse_generate
 from mind.run import distil
+
+from .tiny import FEATURE_DIM, tiny_student, tiny_tokenizer
 
 CPU = ["--use_cpu"]
 
@@ -84,6 +89,28 @@ def test_how_student_and_teacher_are_loaded(
         distil(*parse_train([*CPU, *flags]))
     assert asked["t"] == ("eager", torch.bfloat16 if bf16 else torch.float32)
     assert asked["s"] == ("eager", torch.bfloat16 if bf16 and use_lora else torch.float32)
+
+
+def test_the_encoder_is_gone_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoders: list[weakref.ref[Encoder]] = []
+
+    class Encoder:
+        def __init__(self, name: str, device: torch.device) -> None:
+            encoders.append(weakref.ref(self))
+
+        def encode(self, records: list[Record], perspectives: tuple[str, ...], progress: bool) -> torch.Tensor:
+            return torch.zeros(len(records), len(perspectives), FEATURE_DIM)
+
+    def trainer(*args: object, **keywords: object) -> None:
+        gc.collect()
+        raise ValueError(f"{sum(encoder() is not None for encoder in encoders)} of {len(encoders)} encoders")
+
+    monkeypatch.setattr("mind.run.load_student", lambda *args, **keywords: (tiny_student(), tiny_tokenizer()))
+    monkeypatch.setattr("mind.run.RationaleEncoder", Encoder)
+    monkeypatch.setattr("mind.run.MindTrainer", trainer)
+    flags = ["--num_questions", "2", "--num_heldout", "0", "--max_length", "4096", "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match="0 of 1 encoders"):
+        distil(*parse_train([*CPU, *flags]))
 
 
 def test_values_of_the_file_are_typed_as_flags_are(tmp_path: Path) -> None:
