@@ -418,7 +418,7 @@ def run_tests(arguments: list[str], processes: int) -> list[str]:
             status = process.wait()
             output.seek(0)
             lines = output.read().splitlines()
-            found = [name for name in names if any(line.startswith(f"FAILED {name}") for line in lines)]
+            found = [name for name in names if any(f"{line} ".startswith(f"FAILED {name} ") for line in lines)]
             found += [line for line in lines if line.startswith("ERROR ")]
             failed += found or ([f"exit status {status} of a pytest"] if status else [])
             if status:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mind_kernels.arguments import can_look, check_answer_index, check_labels, check_supervised_index
+from mind_kernels.arguments import check_answer_index, check_labels, check_supervised_index
 from mind_kernels.autograd import refuse_second_derivative
 from mind_kernels.kl.call import KLCall
 from mind_kernels.kl.function import kl_loss_and_gradients
@@ -26,7 +26,7 @@ from mind_kernels.plan import SweepOptions
 from mind_kernels.pruning import GradientPruning
 from mind_kernels.reduction import statistics_dtype
 from mind_kernels.teacher_rows import KLOptions
-from mind_kernels.teachers import Teacher, TeacherHidden, TeacherLogits, TeacherTopK, check_token_ids
+from mind_kernels.teachers import TeacherHidden, TeacherLogits, TeacherTopK, check_token_ids
 
 # Launches depend on how many rows there are, which a replayed graph would not ask again: a compiler that makes graphs
 # (mode="reduce-overhead") leaves these operators between them.
@@ -83,11 +83,6 @@ def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if gradient is None else gradient
 
 
-def _check_teacher_values(teacher: Teacher | None, V: int) -> None:
-    if isinstance(teacher, TeacherTopK) and can_look(teacher.logprobs):
-        check_token_ids(teacher, V)
-
-
 def _scaled(gradients: Sequence[Tensor], factor: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
     return [(g * factor).to(g.dtype) if needed else None for g, needed in zip(gradients, needs, strict=True)]
 
@@ -114,7 +109,8 @@ def _linear_loss(
         check_supervised_index(options.supervised_index, labels, options.ignore_index)
     if options.answer_index is not None:
         check_answer_index(options.answer_index, rationale_weights, len(hidden_states))
-    _check_teacher_values(options.teacher, len(lm_head_weight))
+    if isinstance(options.teacher, TeacherTopK):
+        check_token_ids(options.teacher, len(lm_head_weight))
     inputs = hidden_states, lm_head_weight, lm_head_bias, rationale_weights
     losses, result, grad_weights = linear_loss_and_gradients(*inputs, options, list(needs))
     return (  # type: ignore[return-value]
@@ -207,7 +203,8 @@ def _kl_loss(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = _unpack(KLCall, option_tensors, json.loads(settings))
-    _check_teacher_values(options.teacher, logits.shape[-1])
+    if isinstance(options.teacher, TeacherTopK):
+        check_token_ids(options.teacher, logits.shape[-1])
     loss, losses, grad_logits, scale = kl_loss_and_gradients(logits, rationale_weights, options, needs[0])
     return loss, losses.clone(), _scale_like(loss, scale), _or_empty(grad_logits, logits)
 

@@ -163,8 +163,7 @@ def check_teacher(teacher: object, rows_shape: torch.Size, V: int, device: torch
             f"temperature: given {temperature} with tail='bucket', wanted 1 (log-probabilities at temperature 1 "
             "say nothing of the tail at another) or tail='renormalize'",
         )
-        if can_look(teacher.logprobs):
-            check_token_ids(teacher, V)
+        check_token_ids(teacher, V)
         return
     V_t = teacher.lm_head_weight.shape[0] if isinstance(teacher, TeacherHidden) else teacher.logits.shape[-1]
     if teacher.vocab_size is None:
@@ -184,7 +183,9 @@ def check_teacher(teacher: object, rows_shape: torch.Size, V: int, device: torch
 
 
 def check_token_ids(teacher: TeacherTopK, V: int) -> None:
-    """Whether each id, but for those beside −inf, is within the vocabulary."""
+    """Whether each id, but for those beside −inf, is within the vocabulary, where the host can look."""
+    if not can_look(teacher.logprobs):
+        return
     padded = torch.isneginf(teacher.logprobs)
     wrong = ~padded & ((teacher.token_ids < 0) | (teacher.token_ids >= V))
     if bool(wrong.any()):

@@ -142,6 +142,8 @@ def test_tests_are_dealt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(ran) == 5 and len(set(ran)) == 2
     assert gpu.run_tests(["test_wrong.py"], 3) == ["test_wrong.py::test_one[a b]"]
     assert len(list(tmp_path.glob("wrong-*"))) == 5  # one that fails hides no other
+    Path("test_name.py").write_text("def test_a():\n    pass\ndef test_ab():\n    assert False\n")
+    assert gpu.run_tests(["test_name.py"], 1) == ["test_name.py::test_ab"]
     Path("test_dead.py").write_text("import os\ndef test_one():\n    os._exit(7)\n")
     assert gpu.run_tests(["test_dead.py"], 2) == ["exit status 7 of a pytest"]
     with pytest.raises(SystemExit, match="the kernels' tests cannot be collected, exit status 4"):
