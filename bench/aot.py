@@ -89,7 +89,8 @@ def describe(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any],
     signature, constants, divisible = {}, {}, []
     for position, parameter in enumerate(kernel.params):
         value = bound[parameter.name]
-        if parameter.is_constexpr:
+        is_int = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or (is_int and value == 1):  # Triton makes a constant of 1
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         if isinstance(value, Tensor):
@@ -97,7 +98,7 @@ def describe(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any],
             multiple = value.data_ptr()
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            multiple = value
+            multiple = value if is_int else 1
         else:
             signature[parameter.name] = "fp32"
             continue

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,3 +25,16 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+
+
+@pytest.fixture(autouse=True)
+def compiled_kernels() -> Iterator[None]:
+    """With MIND_PTX_TARGET=sm_90 the kernels run as compiled for it (bench/ptx.py), not in Triton's interpreter."""
+    target = os.environ.get("MIND_PTX_TARGET")
+    if target is None:
+        yield
+        return
+    from bench.ptx import emulated
+
+    with emulated(target):
+        yield

@@ -1,0 +1,50 @@
+"""The kernels as compiled for a GPU, run on a CPU (bench/ptx.py): their own tests, in bf16, in a process of their own.
+
+All of them, and other targets: MIND_PTX_TARGET=sm_80 python -m pytest tests/mind_kernels/test_triton.py
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.parametrize(
+    ("target", "file", "least"),
+    [
+        ("sm_90", "test_triton.py", 100),
+        ("sm_90", "test_triton_columns.py", 15),
+        ("sm_80", "test_triton_columns.py", 15),
+    ],
+)
+def test_kernels_as_compiled(target: str, file: str, least: int) -> None:
+    environment = os.environ | {"MIND_PTX_TARGET": target}
+    environment.pop("TRITON_INTERPRET", None)  # with which there would be nothing compiled
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "bfloat16", str(TESTS / file)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent.parent)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None and int(passed[1]) >= least, done.stdout[-1000:]
+
+
+def test_what_kernels_do_is_counted() -> None:
+    command = [sys.executable, "-m", "bench.ptx", "--vocab_size", "4096", "--dtype", "float16"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent.parent)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "│" in line]
+    kernels = {row[1]: row[2:] for row in rows}
+    assert {"cross_entropy_kernel", "dense_kl_kernel", "tail_kernel", "pairs_kernel", "log_softmax_kernel"} <= set(
+        kernels
+    )
+    # Two bytes a logit, read twice, written once, in whole sectors.
+    assert float(kernels["log_softmax_kernel"][2]) == pytest.approx(4, rel=0.02)
+    assert float(kernels["log_softmax_kernel"][3]) == pytest.approx(2, rel=0.02)
+    assert kernels["log_softmax_kernel"][4:] == ["1.00", "1.00"]
