@@ -58,7 +58,7 @@ REGISTERS = {"p": np.bool_, "rs": np.uint16, "r": np.uint32, "rd": np.uint64, "f
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 SECTOR = 32  # bytes, the least that is fetched
-SPECIAL = re.compile(r"(ex2|lg2|div|rcp|sqrt)\.\S*f32")  # instructions of the special function units
+SPECIAL = re.compile(r"(ex2|lg2|div|rcp|sqrt|rsqrt)\.\S*f32")  # instructions of the special function units
 
 
 class OutOfBounds(Exception):
@@ -466,6 +466,10 @@ class Machine:
 # ---------------------------------------------------------------------------------------------------------------------
 # PTX into Python
 
+# What an approximation approximates; in fp64.
+EXACT = {"ex2": "exp2({})", "lg2": "log2({})", "div": "{} / {}", "rcp": "1 / {}", "sqrt": "sqrt({})",
+         "rsqrt": "1 / sqrt({})"}  # fmt: skip
+
 
 class _Translator:
     """One kernel's PTX as the source of a Python function: a block of instructions is a branch of one loop."""
@@ -721,11 +725,11 @@ class _Translator:
             if kind != "f32":
                 raise NotImplementedError(".".join(parts))
             x = [f"flush(f32({one}))" if ftz else f"f32({one})" for one in v]
-            if base in ("ex2", "lg2", "div"):
-                error = "0" if "rn" in parts else "2**-22"  # two units in the last place
-                exact = f"{x[0]}.astype(float64)"
-                exact = f"{exact} / {x[1]}" if base == "div" else f"{'exp2' if base == 'ex2' else 'log2'}({exact})"
-                expression = f"off_by({exact}, {x[0]}, {error})"
+            if base in EXACT:
+                exact = EXACT[base].format(f"{x[0]}.astype(float64)", *x[1:])
+                expression = (
+                    f"off_by({exact}, {x[0]}, {'0' if 'rn' in parts else '2**-22'})"  # two units in the last place
+                )
             elif base in ("max", "min"):
                 expression = f"{f'{base}imum' if 'NaN' in parts else f'f{base}'}({x[0]}, {x[1]})"
             else:
@@ -757,12 +761,16 @@ class _Translator:
             return f"divide({v[0]}, {v[1]})"
         raise NotImplementedError(".".join(parts))
 
-    def arithmetic(self, base: str, x: list[str]) -> str:
+    @staticmethod
+    def arithmetic(base: str, x: list[str]) -> str:
         if base in ("add", "sub", "mul"):
             return f"{x[0]} {dict(add='+', sub='-', mul='*')[base]} {x[1]}"
         if base == "fma":
             return f"({x[0]}.astype(float64) * {x[1]} + {x[2]}).astype(float32)"
-        return {"abs": f"abs({x[0]})", "neg": f"-{x[0]}", "mov": x[0]}[base]
+        unary = {"abs": f"abs({x[0]})", "neg": f"-{x[0]}", "mov": x[0]}
+        if base not in unary:
+            raise NotImplementedError(base)
+        return unary[base]
 
     def convert(self, parts: list[str], operands: list[str]) -> str:
         to, source = parts[-2], parts[-1]
@@ -816,7 +824,7 @@ FUNCTIONS = (
     f32, bits, pairs, bits_of_pairs, flush, off_by, half, bf16, to_half, to_bf16, pack, unpack, shift, bit_field, high,
     divide, compare, widen,
 )  # fmt: skip
-NUMPY = ("where", "fmax", "fmin", "maximum", "minimum", "abs", "exp2", "log2", "float32", "float64")
+NUMPY = ("where", "fmax", "fmin", "maximum", "minimum", "abs", "exp2", "log2", "sqrt", "float32", "float64")
 
 
 def translate(ptx: str, threads: int, shared_bytes: int) -> Program:
@@ -945,7 +953,7 @@ def main(arguments: list[str] | None = None) -> int:
     table = Table(title=title, title_justify="left")
     for column in ("operation", "kernel"):
         table.add_column(column)
-    for column in ("instructions", "2ˣ, log₂, ÷", "bytes read", "written", "fetched / read", "sent / written"):
+    for column in ("instructions", "2ˣ, ÷, 1/√", "bytes read", "written", "fetched / read", "sent / written"):
         table.add_column(column, justify="right")
     for name, (rows, call) in operations(args.vocab_size, getattr(torch, args.dtype)).items():
         with emulated(args.target) as counted:

@@ -22,6 +22,7 @@ from mind_kernels.triton_math import (
     load_block,
     load_logits,
     online_sum,
+    put_label,
     row_launch,
     softcap_slope,
     store_block,
@@ -76,7 +77,8 @@ def cross_entropy_kernel(
     for IS_REST in tl.static_range(2):
         for v in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
             b_z = load_logits(z_ptr, v + o_block, scale, softcap, HAS_SOFTCAP, V, IS_REST)
-            b_max, b_sum = online_sum(b_max, b_sum, tl.where(o_block == label - v, float("-inf"), b_z))
+            b_others = put_label(b_z, o_block, label, v, float("-inf"), BLOCK_V)
+            b_max, b_sum = online_sum(b_max, b_sum, b_others)
     z_max, z_sum = sum_of_lanes(b_max, b_sum)
     loss, rest, lse = label_loss(z_label, z_max, z_sum)
     tl.store(loss_ptr + i_n, tl.where(is_label_valid, loss, float("nan")))
@@ -92,7 +94,7 @@ def cross_entropy_kernel(
                 o_v = v + o_block
                 b_z = load_logits(z_ptr, o_v, scale, softcap, HAS_SOFTCAP, V, IS_REST, IS_LAST=True)
                 b_p = tl.exp2(b_z - lse)
-                b_d = coefficient * tl.where(o_block == label - v, -rest, b_p)
+                b_d = put_label(coefficient * b_p, o_block, label, v, -coefficient * rest, BLOCK_V)
                 if HAS_PAIRS:
                     b_pair = load_block(pair_ptr, o_v, V, IS_REST, IS_LAST=True)
                     b_d += 0.5 * logit_scale * b_p * (b_pair - pair_mean)

@@ -31,8 +31,10 @@ from mind_kernels.triton_math import (
     label_loss,
     load_block,
     load_logits,
+    load_stored,
     online_mean,
     online_sum,
+    put_label,
     row_launch,
     softcap_slope,
     softplus2,
@@ -116,8 +118,6 @@ def dense_kl_kernel(
         for v in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
             o_v = v + o_block
             b_z = load_logits(z_ptr, o_v, scale, softcap, HAS_SOFTCAP, V, IS_REST)
-            if HAS_CROSS_ENTROPY:
-                b_max, b_sum = online_sum(b_max, b_sum, tl.where(o_block == label - v, float("-inf"), b_z))
             b_t = load_logits(t_ptr, o_v, teacher_scale, teacher_softcap, TEACHER_HAS_SOFTCAP, V_SHARED, IS_REST)
             b_s = b_z
             if HAS_TEMPERATURE:
@@ -134,6 +134,9 @@ def dense_kl_kernel(
                 b_max_s, b_sum_s, b_mean = online_mean(b_max_s, b_sum_s, b_mean, b_s, b_d)
             elif not ONE_LSE:
                 b_max_s, b_sum_s = online_sum(b_max_s, b_sum_s, b_s)
+            if HAS_CROSS_ENTROPY:
+                b_others = put_label(b_z, o_block, label, v, float("-inf"), BLOCK_V)
+                b_max, b_sum = online_sum(b_max, b_sum, b_others)
 
     if HAS_CROSS_ENTROPY:
         z_max, z_sum = sum_of_lanes(b_max, b_sum)
@@ -209,7 +212,7 @@ def dense_kl_kernel(
                     b_d = tl.where(o_v < V_SHARED, b_d, 0.0)
                 if HAS_CROSS_ENTROPY:
                     b_p = b_p_s if ONE_SOFTMAX else tl.exp2(b_z - lse)
-                    b_d += coefficient * tl.where(o_block == label - v, -rest, b_p)
+                    b_d = put_label(b_d + coefficient * b_p, o_block, label, v, b_d - coefficient * rest, BLOCK_V)
                     if HAS_PAIRS:
                         b_pair = load_block(pair_ptr, o_v, V, IS_REST, IS_LAST=True)
                         b_d += 0.5 * logit_scale * b_p * (b_pair - pair_mean)
@@ -298,9 +301,10 @@ def tail_kernel(
     for IS_REST in tl.static_range(2):
         for v in range(WHOLE if IS_REST else 0, V if IS_REST else WHOLE, BLOCK_V):
             o_v = v + o_block
-            b_u = load_block(z_ptr, o_v, V, IS_REST)
+            b_u = load_stored(z_ptr, o_v, V, IS_REST)
             b_z = apply_head(b_u, scale, softcap, HAS_SOFTCAP)
-            b_z = tl.where((b_u == float("-inf")) | (o_block == label - v), float("-inf"), b_z)
+            b_z = tl.where(b_u.to(tl.float32) == float("-inf"), float("-inf"), b_z)
+            b_z = put_label(b_z, o_block, label, v, float("-inf"), BLOCK_V)
             if IS_REST:
                 b_z = tl.where(o_v < V, b_z, float("-inf"))
             b_max, b_sum = online_sum(b_max, b_sum, b_z)
@@ -347,7 +351,8 @@ def tail_gradient_kernel(
             b_z = load_logits(z_ptr, o_v, scale, softcap, HAS_SOFTCAP, V, IS_REST)
             b_q = tl.exp2(b_z - lse)
             b_p = p_tail * b_q
-            b_d = grad_tail * b_q + coefficient * tl.where(o_block == label - v, -rest, b_p)
+            b_d = grad_tail * b_q
+            b_d = put_label(b_d + coefficient * b_p, o_block, label, v, b_d - coefficient * rest, BLOCK_V)
             if HAS_PAIRS:
                 b_d += 0.5 * logit_scale * b_p * (load_block(pair_ptr, o_v, V, IS_REST) - pair_mean)
             if HAS_SOFTCAP:

@@ -99,9 +99,16 @@ def test_bf16_is_rounded_to_the_nearest_even() -> None:
 
 
 @pytest.mark.parametrize(
-    ("opcode", "function", "error"), [("ex2.approx", np.exp2, 2**-22), ("lg2.approx", np.log2, 2**-22)]
+    ("opcode", "function"),
+    [
+        ("ex2.approx", np.exp2),
+        ("lg2.approx", np.log2),
+        ("rsqrt.approx", lambda x: x**-0.5),
+        ("sqrt.approx", np.sqrt),
+        ("rcp.approx", np.reciprocal),
+    ],
 )
-def test_approximations_err_as_much_as_they_may(opcode: str, function: Any, error: float) -> None:
+def test_approximations_err_as_much_as_they_may(opcode: str, function: Any, error: float = 2**-22) -> None:
     data = np.random.default_rng(0).uniform(1.5, 20, 32).astype(np.float32)
     given = elementwise(f"{opcode}.f32 %r3, %r2;", data).view(np.float32).astype(np.float64)
     relative = np.abs(given / function(data.astype(np.float64)) - 1)

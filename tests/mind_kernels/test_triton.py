@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from mind_kernels import (
@@ -42,6 +44,7 @@ from mind_kernels.log_softmax.reference import reference_log_softmax
 from mind_kernels.teacher_rows import KLOptions, topk_divergence
 from mind_kernels.teachers import Teacher
 from mind_kernels.testing import MindCase, assert_as_good_as_plain, random_case, random_teacher, relative_error
+from mind_kernels.triton_math import log2_1p, quick_tanh, tanh
 from mind_kernels.triton_multiply import BLOCK, MOST_PROGRAMS, multiply_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,6 +76,44 @@ def close(name: str, given: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 
 
 # --- kernels -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def functions_kernel(x_ptr, out_ptr, NAME: tl.constexpr):
+    o = tl.program_id(0) * 512 + tl.arange(0, 512)
+    x = tl.load(x_ptr + o)
+    if NAME == "log2_1p":
+        y = log2_1p(x)
+    elif NAME == "tanh":
+        y = tanh(x)
+    else:
+        y = quick_tanh(x)
+    tl.store(out_ptr + o, y)
+
+
+def values(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(x)
+    functions_kernel[(len(x) // 512,)](x, out, NAME=name)
+    x = x.double()
+    return out.double(), torch.log1p(x) / math.log(2) if name == "log2_1p" else x.tanh()
+
+
+def test_the_logarithm_of_the_divergences() -> None:
+    """Its relative error, down to the smallest w: an absolute one would be no digits of a small divergence."""
+    w = torch.cat([torch.linspace(0, 1, 3584), torch.logspace(-37, 0, 512)]).to(DEVICE)
+    given, wanted = values("log2_1p", w)
+    assert given[0] == 0
+    assert float((given[1:] / wanted[1:] - 1).abs().max()) < 2.5e-7
+
+
+def test_the_soft_cap() -> None:
+    """Of fp32 logits with the digits of a small one, of 16-bit logits to 1e-6; both end at ±1."""
+    ends = torch.tensor([0.0, torch.inf, -torch.inf, 88.0, -88.0, 500.0, -500.0, 3e38])
+    x = torch.cat([torch.linspace(-12, 12, 3832), torch.logspace(-30, 2, 256), ends]).to(DEVICE)
+    given, wanted = values("tanh", x)
+    assert float((given - wanted).abs().where(wanted == 0, (given / wanted - 1).abs()).max()) < 1e-6
+    given, wanted = values("quick_tanh", x)
+    assert float((given - wanted).abs().max()) < 1.2e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
