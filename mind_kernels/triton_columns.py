@@ -36,9 +36,10 @@ COMPACT_COLUMNS = 8192  # of G
 MEAN_ROWS = 2048  # of W
 
 # 4 to 8 KiB of 16-bit numbers in flight a program, 16 bytes a load; 4 warps, so that several programs share a
-# multiprocessor. Scattered stores need registers: half the rows there.
+# multiprocessor. What is known of 64 columns, fewer than a program has threads, each thread loads for itself: of more,
+# one thread would, and tell the others through shared memory, three times a tile.
 SUM_BLOCK = {"BLOCK_N": 16, "BLOCK_V": 256}
-COMPACT_BLOCK = {"BLOCK_N": 8, "BLOCK_V": 256}
+COMPACT_BLOCK = {"BLOCK_N": 32, "BLOCK_V": 64}
 # Three and five programs of 4 warps to the registers of a multiprocessor; not told so, the compiler tries for more and
 # spills (head_mean on sm_100 with Triton 3.8).
 COMPACT_REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
@@ -109,32 +110,34 @@ def compact_kernel(
     k = tl.load(num_kept_ptr)
     o_n = i_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < m
-    b_r = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    b_Dq = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    # Columns come first: Triton gives the lanes of a warp to the first axis where a store's addresses are not known to
+    # be neighbours. Those of kept columns nearly are.
+    b_r = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
+    b_Dq = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
     if k < V:
         if i_s == 0:
             o_fill = k + tl.arange(0, 16)
-            p_fill = kept_G_ptr + o_n[:, None] * stride_kn + o_fill[None, :]
-            tl.store(p_fill, tl.zeros((BLOCK_N, 16), tl.float32), mask=m_n[:, None] & (o_fill < fill(k))[None, :])
+            p_fill = kept_G_ptr + o_fill[:, None] + (o_n * stride_kn)[None, :]
+            tl.store(p_fill, tl.zeros((16, BLOCK_N), tl.float32), mask=(o_fill < fill(k))[:, None] & m_n[None, :])
         for v in range(0, COLUMNS, BLOCK_V):
             o_v = i_s * COLUMNS + v + tl.arange(0, BLOCK_V)
             m_v = o_v < V
             b_position = tl.load(position_ptr + o_v, mask=m_v, other=V)
             m_kept = b_position < k
             m_read = m_v if HAS_CORRECTION else m_kept
-            p_g = G_ptr + o_n[:, None] * stride_gn + o_v[None, :]
-            b_g = tl.load(p_g, mask=m_n[:, None] & m_read[None, :], other=0.0)
-            p_kept = kept_G_ptr + o_n[:, None] * stride_kn + b_position[None, :]
-            tl.store(p_kept, b_g, mask=m_n[:, None] & m_kept[None, :])
+            p_g = G_ptr + o_v[:, None] + (o_n * stride_gn)[None, :]
+            b_g = tl.load(p_g, mask=m_read[:, None] & m_n[None, :], other=0.0)
+            p_kept = kept_G_ptr + b_position[:, None] + (o_n * stride_kn)[None, :]
+            tl.store(p_kept, b_g, mask=m_kept[:, None] & m_n[None, :])
             if HAS_CORRECTION:
                 b_q = tl.load(q_ptr + o_v, mask=m_v, other=0.0)
-                b_d = tl.where(m_kept[None, :], 0.0, b_g.to(tl.float32))
+                b_d = tl.where(m_kept[:, None], 0.0, b_g.to(tl.float32))
                 b_r += b_d
-                b_Dq += b_d * b_q[None, :]
+                b_Dq += b_d * b_q[:, None]
     if HAS_CORRECTION:
         o_out = i_s.to(tl.int64) * m + o_n
-        tl.store(r_ptr + o_out, tl.sum(b_r, axis=1), mask=m_n)
-        tl.store(Dq_ptr + o_out, tl.sum(b_Dq, axis=1), mask=m_n)
+        tl.store(r_ptr + o_out, tl.sum(b_r, axis=0), mask=m_n)
+        tl.store(Dq_ptr + o_out, tl.sum(b_Dq, axis=0), mask=m_n)
 
 
 @triton.jit
