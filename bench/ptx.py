@@ -5,7 +5,8 @@ shuffles and shared memory, products as tensor-core instructions, exponentials a
 program step together and a register is an array of one number a thread. Beside the results this finds, by raising:
 
 - OutOfBounds: an address outside the tensors that were given, or not a multiple of what is loaded or stored there;
-- Race: shared memory that one warp wrote, or read, and another then reads or writes without a barrier between them;
+- Race: memory that one warp wrote, or read, and another then writes, or reads, without a barrier between; of a tensor
+  also by two programs, which nothing orders;
 - shared memory that is read before it is written holds NaN.
 
 Instructions that are approximate err here by as much as they are documented to, up or down as their operand's bits
@@ -183,11 +184,56 @@ class Counts:
     bytes: Counter[str] = field(default_factory=Counter)  # that they wanted there
 
 
+class Region:
+    """A tensor's memory, and who of a launch has used which two bytes of it."""
+
+    WARP_BITS, INTERVAL_BITS = 8, 32
+    MANY_WARPS, MANY_PROGRAMS = 2**8 - 1, 2**23 - 1
+
+    def __init__(self, start: int, data: Array):
+        self.start, self.data = start, data
+        # program + 1, barrier interval and warp of the last that wrote, and that read; 0: nobody.
+        self.writers, self.readers = np.zeros((2, -(-len(data) // 2)), np.int64)
+
+    def use(self, at: Array, warp: Array, size: int, program: int, interval: int, writes: bool) -> None:
+        """Raises: Race where another program, or another warp since the last barrier, did what forbids this."""
+        where = ((at - self.start)[:, None] // 2 + np.arange(max(size // 2, 1))).reshape(-1)
+        period = (program + 1) << self.INTERVAL_BITS | interval
+        mine = np.repeat(period << self.WARP_BITS | warp, max(size // 2, 1))
+        for kind, users in (("written", self.writers), ("read", self.readers)):
+            if kind == "read" and not writes:
+                continue
+            before = users[where]
+            other_program = before >> self.WARP_BITS + self.INTERVAL_BITS != program + 1
+            other_warp = (before >> self.WARP_BITS == period) & (before != mine)
+            wrong = (before != 0) & (other_program | other_warp)
+            if wrong.any():
+                byte = 2 * int(where[wrong][0])
+                who = "program" if other_program[wrong][0] else "warp without a barrier between"
+                raise Race(
+                    f"byte {byte} of a tensor of {len(self.data)} is {'written' if writes else 'read'} by program "
+                    f"{program} and {kind} by another {who}"
+                )
+        users = self.writers if writes else self.readers
+        if not writes:
+            before = users[where]
+            other_program = (before != 0) & (before >> self.WARP_BITS + self.INTERVAL_BITS != program + 1)
+            other_warp = (before >> self.WARP_BITS == period) & (before != mine)
+            mine = np.where(other_warp, period << self.WARP_BITS | self.MANY_WARPS, mine)
+            mine = np.where(other_program, self.MANY_PROGRAMS << self.WARP_BITS + self.INTERVAL_BITS, mine)
+        users[where] = mine
+        together = users[where] != mine  # by several warps in this instruction
+        if together.any():
+            if writes:
+                raise Race(f"byte {2 * int(where[together][0])} of a tensor is written by two warps at once")
+            users[where[together]] = np.maximum(mine[together], period << self.WARP_BITS | self.MANY_WARPS)
+
+
 class Machine:
     """The memory and the threads of one program."""
 
-    def __init__(self, threads: int, shared_bytes: int, regions: list[tuple[int, Array]], counts: Counts | None):
-        self.threads, self.regions, self.counts = threads, regions, counts
+    def __init__(self, threads: int, shared_bytes: int, regions: list[Region], counts: Counts | None, program: int = 0):
+        self.threads, self.regions, self.counts, self.program = threads, regions, counts, program
         self.tid = np.arange(threads, dtype=np.uint32)
         self.warp = (self.tid // WARP).astype(np.int64)
         self.shared = np.full(-(-max(shared_bytes, 16) // 16) * 16, 0xFF, dtype=np.uint8)
@@ -227,10 +273,10 @@ class Machine:
 
     # Global memory
 
-    def _region(self, first: int) -> tuple[int, Array]:
-        for start, data in self.regions:
-            if start <= first < start + len(data):
-                return start, data
+    def _region(self, first: int) -> Region:
+        for region in self.regions:
+            if region.start <= first < region.start + len(region.data):
+                return region
         raise OutOfBounds(f"address {first:#x} is in no tensor")
 
     def _count(self, kind: str, address: Array, active: Array | None, size: int) -> None:
@@ -253,7 +299,7 @@ class Machine:
             if not active.any():
                 return [np.zeros(self.threads, UNSIGNED[size * 8])] * number
         self._count("ld", address, active, size * number)
-        index, view = self._index(address, active, size, number)
+        index, view = self._index(address, active, size, number, writes=False)
         found = [np.zeros(len(address), view.dtype) for _ in range(number)]
         for i in range(number):
             if active is None:
@@ -268,18 +314,24 @@ class Machine:
         if active is not None and not active.any():
             return
         self._count("st", address, active, size * len(values))
-        index, view = self._index(address, active, size, len(values))
+        index, view = self._index(address, active, size, len(values), writes=True)
         for i, value in enumerate(values):
             narrow = self.every(value).astype(view.dtype)
             view[index + i] = narrow if active is None else narrow[active]
 
-    def _index(self, address: Array, active: Array | None, size: int, number: int) -> tuple[Array, Array]:
+    def _index(self, address: Array, active: Array | None, size: int, number: int, writes: bool) -> tuple[Array, Array]:
         at = (address if active is None else address[active]).astype(np.int64)
-        start, data = self._region(int(at[0]))
+        region = self._region(int(at[0]))
+        start, data = region.start, region.data
         if ((at < start) | (at + size * number > start + len(data))).any():
             raise OutOfBounds(f"{size * number} bytes outside the tensor at {start:#x} of {len(data)} bytes")
         if (at % (size * number)).any():
             raise OutOfBounds(f"address {int(at[0]):#x} of {size * number} bytes is not aligned")
+        if len(at) == 1 and active is None:  # by all warps
+            warp = np.array([Region.MANY_WARPS if self.threads > WARP else 0])
+        else:
+            warp = self.warp if active is None else self.warp[active]
+        region.use(at, warp, size * number, self.program, self.interval, writes)
         return (at - start) // size, data[: len(data) // size * size].view(UNSIGNED[size * 8])
 
     # Shared memory
@@ -810,9 +862,11 @@ class Program:
     ) -> None:
         full = [np.array([size], np.uint32) for size in (*grid, 1, 1)[:3]]
         times = [0] * len(self.blocks)
+        memory = [Region(start, data) for start, data in regions]
         with np.errstate(all="ignore"):
-            for place in product(*(range(size) for size in reversed((*grid, 1, 1)[:3]))):
-                machine = Machine(self.threads, self.shared_bytes, regions, counts)
+            places = product(*(range(size) for size in reversed((*grid, 1, 1)[:3])))
+            for number, place in enumerate(places):
+                machine = Machine(self.threads, self.shared_bytes, memory, counts, number)
                 self.function(machine, [np.array([at], np.uint32) for at in reversed(place)], full, params, times)
         if counts is not None:
             for number, block in zip(times, self.blocks, strict=True):

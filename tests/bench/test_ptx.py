@@ -326,7 +326,8 @@ def test_what_is_counted() -> None:
         LOAD.replace("add.s64 %rd4, %rd1, %rd3;", "mad.wide.u32 %rd4, %r1, 8, %rd1;") + "add.s32 %r3, %r2, 1;" + STORE
     )
     counts = Counts()
-    program(body).run((2,), [np.array([start], np.uint64) for start, _ in regions], regions, counts)
+    for _ in range(2):
+        program(body).run((1,), [np.array([start], np.uint64) for start, _ in regions], regions, counts)
     assert counts.sectors["ld"] == 2 * 8 and counts.bytes["ld"] == 2 * 128 and counts.bytes["st"] == 2 * 128
     assert counts.instructions["ld.global.b32"] == 2 and counts.instructions["add.s32"] == 2
 
@@ -341,3 +342,37 @@ def test_kernels_of_the_interpreter_are_refused() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "TRITON_INTERPRET: given 1" in done.stderr
+
+
+GLOBAL = """
+ld.param.b64 %rd1, [kernel_param_1];
+mov.u32 %r1, %tid.x;
+mov.u32 %r2, %ctaid.x;
+mad.lo.s32 %r3, %r2, STEP, %r1;
+mad.wide.u32 %rd2, %r3, 4, %rd1;
+"""
+NEIGHBOUR = "xor.b32 %r4, %r3, MASK;\nmad.wide.u32 %rd3, %r4, 4, %rd1;\n"
+READ, WRITE = "ld.global.b32 { %r5 }, [ %rd3 + 0 ];\n", "st.global.b32 [ %rd2 + 0 ], { %r1 };\n"
+
+
+@pytest.mark.parametrize(
+    ("step", "mask", "body", "message"),
+    [
+        (64, 0, READ + WRITE, None),  # each thread its own
+        (64, 1, READ + WRITE, None),  # a neighbour's of the same warp, whose instructions go together
+        (64, 32, READ + "bar.sync 0;\n" + WRITE, None),
+        (64, 32, READ + WRITE, "written by program 0 and read by another warp without a barrier"),
+        (64, 32, WRITE + READ, "read by program 0 and written by another warp without a barrier"),
+        (64, 64, WRITE + "bar.sync 0;\n" + READ, "written by program 1 and read by another program"),
+        (64, 64, READ + "bar.sync 0;\n" + WRITE, "read by program 1 and written by another program"),
+        (32, 0, WRITE, "written by program 1 and written by another program"),
+        (64, 0, WRITE.replace("%rd2", "%rd1").replace(" + 0", ""), "written by two warps at once"),
+    ],
+)
+def test_races_of_global_memory(step: int, mask: int, body: str, message: str | None) -> None:
+    whole = (GLOBAL + NEIGHBOUR + body).replace("STEP", str(step)).replace("MASK", str(mask))
+    if message is None:
+        run(whole, np.zeros(1, np.uint32), threads=64, out=128, grid=2)
+    else:
+        with pytest.raises(Race, match=message):
+            run(whole, np.zeros(1, np.uint32), threads=64, out=128, grid=2)

@@ -34,6 +34,46 @@ def test_kernels_as_compiled(target: str, file: str, least: int) -> None:
     assert passed is not None and int(passed[1]) >= least, done.stdout[-1000:]
 
 
+WITHOUT_A_BARRIER = """
+import re
+from unittest import mock
+
+import torch
+import bench.ptx as ptx
+
+_, call = ptx.operations(4096, torch.bfloat16)["KL, forward"]
+translate, texts = ptx.translate, []
+
+
+def run_edited(edit):
+    with mock.patch.object(ptx, "translate", lambda text, *more: translate(edit(text), *more)), ptx.emulated("sm_90"):
+        call()
+
+
+run_edited(lambda text: texts.append(text) or text)
+(text,) = texts
+barriers = list(re.finditer(r"bar\\.sync[^;]*;", text))
+for barrier in barriers:
+    try:
+        run_edited(lambda text: text[: barrier.start()] + text[barrier.end() :])
+    except ptx.Race:
+        continue
+    raise SystemExit(f"nobody missed the barrier at {barrier.start()}")
+print(len(barriers))
+"""
+
+
+def test_a_barrier_less_is_a_race() -> None:
+    """Each of those that Triton put into a kernel."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_BARRIER], capture_output=True, text=True, env=environment,
+        cwd=TESTS.parent.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+    assert int(done.stdout) >= 5
+
+
 def test_what_kernels_do_is_counted() -> None:
     command = [sys.executable, "-m", "bench.ptx", "--vocab_size", "4096", "--dtype", "float16"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
