@@ -189,14 +189,21 @@ class Region:
 
     WARP_BITS, INTERVAL_BITS = 8, 32
     MANY_WARPS, MANY_PROGRAMS = 2**8 - 1, 2**23 - 1
+    # Where a program has more threads than elements, several warps load the same ones in one instruction and one of
+    # them stores the results: the others' are of no use, whatever they read.
+    SAME_LOAD = 2**8 - 2
 
     def __init__(self, start: int, data: Array):
         self.start, self.data = start, data
         # program + 1, barrier interval and warp of the last that wrote, and that read; 0: nobody.
         self.writers, self.readers = np.zeros((2, -(-len(data) // 2)), np.int64)
 
-    def use(self, at: Array, warp: Array, size: int, program: int, interval: int, writes: bool) -> None:
-        """Raises: Race where another program, or another warp since the last barrier, did what forbids this."""
+    def use(self, at: Array, warp: Array, size: int, program: int, interval: int, writes: bool) -> str | None:
+        """Raises: Race where another program, or another warp since the last barrier, did what forbids this.
+
+        Returns what is a race if a second warp of the program stores anything: a number that all warps had read.
+        """
+        suspicion = None
         where = ((at - self.start)[:, None] // 2 + np.arange(max(size // 2, 1))).reshape(-1)
         period = (program + 1) << self.INTERVAL_BITS | interval
         mine = np.repeat(period << self.WARP_BITS | warp, max(size // 2, 1))
@@ -206,14 +213,18 @@ class Region:
             before = users[where]
             other_program = before >> self.WARP_BITS + self.INTERVAL_BITS != program + 1
             other_warp = (before >> self.WARP_BITS == period) & (before != mine)
+            other_warp &= before & self.MANY_WARPS != self.SAME_LOAD
             wrong = (before != 0) & (other_program | other_warp)
             if wrong.any():
                 byte = 2 * int(where[wrong][0])
                 who = "program" if other_program[wrong][0] else "warp without a barrier between"
-                raise Race(
+                message = (
                     f"byte {byte} of a tensor of {len(self.data)} is {'written' if writes else 'read'} by program "
                     f"{program} and {kind} by another {who}"
                 )
+                if other_program[wrong].any() or (before[wrong] & self.MANY_WARPS != self.MANY_WARPS).any():
+                    raise Race(message)
+                suspicion = message
         users = self.writers if writes else self.readers
         if not writes:
             before = users[where]
@@ -226,7 +237,8 @@ class Region:
         if together.any():
             if writes:
                 raise Race(f"byte {2 * int(where[together][0])} of a tensor is written by two warps at once")
-            users[where[together]] = np.maximum(mine[together], period << self.WARP_BITS | self.MANY_WARPS)
+            users[where[together]] = np.maximum(mine[together], period << self.WARP_BITS | self.SAME_LOAD)
+        return suspicion
 
 
 class Machine:
@@ -242,6 +254,8 @@ class Machine:
         self.written, self.read = np.zeros((2, len(self.shared)), dtype=np.int64) - 1
         self.writers, self.readers = np.zeros((2, len(self.shared)), dtype=np.uint32)
         self.interval = 0
+        self.storing: set[int] = set()  # warps
+        self.suspicions: list[str] = []
         self.place = np.zeros(threads, dtype=np.int64)
         self.copies: list[tuple[Array, Array, Array, int]] = []  # cp.async: destination, bytes, active, size
         self.groups: list[list[tuple[Array, Array, Array, int]]] = []
@@ -331,7 +345,13 @@ class Machine:
             warp = np.array([Region.MANY_WARPS if self.threads > WARP else 0])
         else:
             warp = self.warp if active is None else self.warp[active]
-        region.use(at, warp, size * number, self.program, self.interval, writes)
+        suspicion = region.use(at, warp, size * number, self.program, self.interval, writes)
+        if writes:
+            self.storing.update(warp.tolist())
+        if suspicion is not None:
+            self.suspicions.append(suspicion)
+        if self.suspicions and len(self.storing) > 1:
+            raise Race(self.suspicions[0])
         return (at - start) // size, data[: len(data) // size * size].view(UNSIGNED[size * 8])
 
     # Shared memory

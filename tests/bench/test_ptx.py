@@ -376,3 +376,22 @@ def test_races_of_global_memory(step: int, mask: int, body: str, message: str | 
     else:
         with pytest.raises(Race, match=message):
             run(whole, np.zeros(1, np.uint32), threads=64, out=128, grid=2)
+
+
+@pytest.mark.parametrize("threads", [32, 64])
+def test_what_all_warps_read_is_not_to_be_written(threads: int) -> None:
+    """But where one warp alone stores, the others' reading is of no use, whatever they find."""
+    body = """
+    ld.param.b64 %rd1, [kernel_param_1];
+    mov.u32 %r1, %tid.x;
+    ld.global.b32 { %r2 }, [ %rd1 + 0 ];
+    setp.lt.u32 %p1, %r1, LIMIT;
+    add.s32 %r3, %r2, 5;
+    mad.wide.u32 %rd2, %r1, 4, %rd1;
+    @%p1 st.global.b32 [ %rd2 + 0 ], { %r3 };
+    """
+    one_warp = run(body.replace("LIMIT", "32"), np.zeros(1, np.uint32), threads=threads)
+    assert one_warp.tolist() == [5] * 32 + [0] * (threads - 32)
+    if threads == 64:
+        with pytest.raises(Race, match="written by program 0 and read by another warp"):
+            run(body.replace("LIMIT", "64"), np.zeros(1, np.uint32), threads=threads)
