@@ -52,7 +52,7 @@ def answer_consistency(
     num_questions: int or 0-d tensor, B by default.
     lm_head_bias: finite; with −inf for a token the loss is NaN.
     Other arguments as in fused_linear_cross_entropy; max_logits_bytes must hold the K rows of one position; backend
-        "triton" takes K up to 8, beyond which "auto" is "torch".
+        "triton" takes K up to 8, beyond which "auto" is "torch". No gradient_tolerance: answers are few rows.
 
     Returns the loss, an fp32 (fp64 for fp64) scalar, differentiable in hidden_states (both sides of each pair),
     lm_head_weight, lm_head_bias and rationale_weights; 0 when no question has two rationales to compare.
