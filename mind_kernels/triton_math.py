@@ -129,7 +129,7 @@ def log2_1p(w):
 
     tl.log2 takes some 25, as it also knows numbers below 2⁻¹²⁶, negative ones and NaN, and 1 + w drops a small w.
     """
-    b = 0.007549080532044172 * w - 0.042566657066345215
+    b = w * 0.007549080532044172 - 0.042566657066345215
     b = b * w + 0.11285553127527237
     b = b * w - 0.19711840152740479
     b = b * w + 0.27564114332199097
