@@ -39,6 +39,7 @@ from bench.ptx_machine import (
 )  # fmt: skip
 
 REGISTERS = {"p": np.bool_, "rs": np.uint16, "r": np.uint32, "rd": np.uint64, "f": np.uint32, "fd": np.uint64}
+PARAMETER = r"\w+_param_(\d+)"
 
 # What an approximation approximates; in fp64.
 EXACT = {"ex2": "exp2({})", "lg2": "log2({})", "div": "{} / {}", "rcp": "1 / {}", "sqrt": "sqrt({})",
@@ -52,7 +53,6 @@ class _Translator:
         self.constants: dict[str, Array] = {}
         self.lines: list[str] = []
         self.blocks: list[Counter[str]] = []  # the instructions of each block
-        name = re.search(r"\.entry\s+(\w+)", ptx)[1]  # type: ignore[index]
         body = ptx[ptx.index("{", ptx.index(".entry")) + 1 :]
         body = body[: body.index("$L__func_end") if "$L__func_end" in body else body.rindex("}")]
         body = re.sub(r"//[^\n]*", "", body)
@@ -82,12 +82,12 @@ class _Translator:
             self.lines += [f"  if block == {number} and mask is None:", f"   count[{number}] += 1"]
             for statement in block:
                 self.blocks[-1][re.sub(r"^@\S+ ", "", statement).partition(" ")[0]] += 1
-                self.statement(statement, name)
+                self.statement(statement)
             self.emit(f"block = {number + 1}")
             self.mask = "mask"
             self.lines += [f"  elif block == {number}:", f"   count[{number}] += 1"]
             for statement in block:
-                self.statement(statement, name)
+                self.statement(statement)
             self.emit(f"block, mask = M.go(mask, {number + 1})")
             self.mask = None
         # What is read before it is written is NaN. It may be: a predicate was false, or half of a pair is of no use.
@@ -113,6 +113,8 @@ class _Translator:
             return special.get(text) or text[1:]
         if text == "global_smem":
             number = 0
+        elif parameter := re.fullmatch(PARAMETER, text):
+            number = int(parameter[1])  # its address, here
         elif text.lower().startswith("0f"):
             number = int(text[2:], 16)
         elif re.fullmatch(r"-?\d+\.\d*", text):
@@ -137,7 +139,7 @@ class _Translator:
         offset = int(m[2] or 0)
         return f"({base} + {base}.dtype.type({offset} % 2**({base}.itemsize * 8)))" if offset else base
 
-    def statement(self, text: str, kernel: str) -> None:
+    def statement(self, text: str) -> None:
         predicate = None
         if text.startswith("@"):
             predicate, text = text[1:].split(" ", 1)
@@ -196,7 +198,7 @@ class _Translator:
                 if target != "_":
                     self.assign(target[1:], f"unpacked[{i}]", predicate)
         else:
-            self.assign(operands[0][1:], self.expression(parts, operands, kernel), predicate)
+            self.assign(operands[0][1:], self.expression(parts, operands), predicate)
 
     def assign(self, target: str, expression: str, predicate: str | None) -> None:
         if predicate is not None:
@@ -214,7 +216,7 @@ class _Translator:
         self.emit(f"{', '.join(self.registers(text, 32))}, = {expression}")
 
     def memory(self, parts: list[str], operands: list[str], predicate: str | None) -> None:
-        kind, space = parts[0], parts[1]
+        kind, space = parts[0], parts[1].removesuffix("::cta")
         if space not in ("global", "shared"):
             raise NotImplementedError(".".join(parts))
         number = next((int(p[1:]) for p in parts if re.fullmatch(r"v\d", p)), 1)
@@ -247,13 +249,14 @@ class _Translator:
         else:
             raise NotImplementedError(".".join(parts))
 
-    def expression(self, parts: list[str], operands: list[str], kernel: str) -> str:
+    def expression(self, parts: list[str], operands: list[str]) -> str:
         base, kind = parts[0], parts[-1]
         ftz = "ftz" in parts
         width = 1 if kind == "pred" else int(re.sub(r"\D", "", kind) or 0)
-        if base == "ld":  # a parameter
-            index = int(re.search(rf"{kernel}_param_(\d+)", operands[1])[1])  # type: ignore[index]
-            read = f"param[{index}].view({UNSIGNED[width].__name__})"
+        if base == "ld":  # a parameter; by an address where two were to choose from
+            named = re.fullmatch(PARAMETER, operands[1].strip("[]"))
+            which = f"param[{named[1]}]" if named else f"chosen(param, {self.address(operands[1])})"
+            read = f"{which}.view({UNSIGNED[width].__name__})"
             return f"widen({read}, {self.width(operands[0][1:])}, {kind[0] == 's'})"
         if base == "cvt":
             return self.convert(parts, operands[1:])
@@ -361,6 +364,12 @@ class _Translator:
         raise NotImplementedError(".".join(parts))
 
 
+def chosen(parameters: list[Array], address: Array) -> Array:
+    if (address != address[0]).any():
+        raise NotImplementedError("a parameter that threads choose differently")
+    return parameters[int(address[0])]
+
+
 def widen(x: Array, width: int, signed: bool) -> Array:
     """Extended by the sign or by 0, or cut, to `width` bits."""
     source = x.view(SIGNED[x.itemsize * 8]) if signed else x
@@ -395,7 +404,7 @@ class Program:
 
 FUNCTIONS = (
     f32, bits, pairs, bits_of_pairs, flush, off_by, half, bf16, to_half, to_bf16, pack, unpack, shift, bit_field, high,
-    divide, compare, widen,
+    divide, compare, chosen, widen,
 )  # fmt: skip
 NUMPY = ("where", "fmax", "fmin", "maximum", "minimum", "abs", "exp2", "log2", "sqrt", "float32", "float64")
 

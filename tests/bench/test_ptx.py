@@ -395,3 +395,20 @@ def test_what_all_warps_read_is_not_to_be_written(threads: int) -> None:
     if threads == 64:
         with pytest.raises(Race, match="written by program 0 and read by another warp"):
             run(body.replace("LIMIT", "64"), np.zeros(1, np.uint32), threads=threads)
+
+
+def test_a_parameter_by_its_address() -> None:
+    body = """
+    mov.b64 %rd1, kernel_param_1;
+    mov.b64 %rd2, kernel_param_0;
+    mov.u32 %r1, %tid.x;
+    setp.ge.u32 %p1, %r1, LIMIT;
+    selp.b64 %rd3, %rd1, %rd2, %p1;
+    ld.param.b64 %rd4, [%rd3];
+    st.shared::cta.b32 [ %r1 + 0 ], 9;
+    ld.shared::cta.b32 %r2, [ %r1 + 0 ];
+    st.global.b32 [ %rd4 + 4 ], { %r2 };
+    """.replace("[ %r1 + 0 ]", "[global_smem]").replace("st.global", "setp.eq.u32 %p2, %r1, 0;\n@%p2 st.global")
+    assert run(body.replace("LIMIT", "0"), np.zeros(2, np.uint32), shared_bytes=16).tolist() == [0, 9] + [0] * 30
+    with pytest.raises(NotImplementedError, match="threads choose differently"):
+        run(body.replace("LIMIT", "5"), np.zeros(2, np.uint32), shared_bytes=16)
