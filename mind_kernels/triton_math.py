@@ -2,8 +2,8 @@
 
 A constant stands behind what it multiplies: from Triton 3.8 on its interpreter makes a constant of constant × tensor.
 
-Kernels count in bits: a logit is multiplied by log₂e as it comes in, and 2^x and log₂x are then one instruction each,
-where eˣ and log x take three more that guard the smallest numbers and change the base. What leaves a kernel is in nats.
+Kernels count in bits: a logit is multiplied by log₂e as it comes in, and 2^x is then one instruction, where eˣ takes
+four more that guard the smallest numbers and change the base. What leaves a kernel is in nats.
 
 A row is read in blocks of BLOCK_V tokens as (lanes, WIDTH): a lane's WIDTH tokens are neighbours in memory and end up
 in one thread, which finds their maximum before it takes any exponential. Whole blocks come first and need no mask, then
