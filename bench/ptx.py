@@ -16,7 +16,7 @@ have it. Products of tensor cores are rounded once.
         loss, _ = fused_linear_cross_entropy(X, W, labels, backend="triton")  # CPU tensors
 
     MIND_PTX_TARGET=sm_90 python -m pytest tests/mind_kernels/test_triton.py    # the kernels' tests, so
-    python -m bench.ptx [--target sm_90] [--vocab_size 151936] [--dtype bfloat16]   # what each kernel does, counted
+    python -m bench.ptx [--target sm_90] [--vocab_size 151936] [--dtype bfloat16] [--results FILE]   # what each does
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -39,6 +40,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from bench.aot import TARGETS, Launch, compile_for, describe
+from bench.measure import environment, write_json
 from bench.ptx_machine import SECTOR, WARP, Array, Counts, OutOfBounds, Race
 from bench.ptx_translator import Program, translate
 from mind_kernels import (
@@ -163,29 +165,54 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", default="sm_90", choices=[name for name in TARGETS if name.startswith("sm_")])
     parser.add_argument("--vocab_size", type=int, default=151_936)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--results", type=Path, help="write what was counted as JSON")
     args = parser.parse_args(arguments)
-    title = f"{args.target}, V = {args.vocab_size:,}, {args.dtype}: for each logit of the student"
-    table = Table(title=title, title_justify="left")
-    for column in ("operation", "kernel"):
-        table.add_column(column)
-    for column in ("instructions", "2ˣ, ÷, 1/√", "bytes read", "written", "fetched / read", "sent / written"):
-        table.add_column(column, justify="right")
-    for name, (rows, call) in operations(args.vocab_size, getattr(torch, args.dtype)).items():
+    if args.vocab_size < 32:
+        parser.error(f"--vocab_size: given {args.vocab_size}, wanted at least 32")
+    V, rows = args.vocab_size, []
+    for operation, (num_rows, call) in operations(V, getattr(torch, args.dtype)).items():
         with emulated(args.target) as counted:
             call()
         for kernel, counts in counted.items():
-            logits = rows * args.vocab_size
-            instructions = WARP * counts.instructions.total() / logits
-            special = WARP * sum(n for op, n in counts.instructions.items() if SPECIAL.match(op)) / logits
-            shares = [
-                f"{SECTOR * counts.sectors[kind] / counts.bytes[kind]:.2f}" if counts.bytes[kind] > logits / 2 else ""
-                for kind in ("ld", "st")
-            ]
-            moved = [f"{counts.bytes[kind] / logits:.2f}" for kind in ("ld", "st")]
-            table.add_row(name, kernel, f"{instructions:.1f}", f"{special:.1f}", *moved, *shares)
-            name = ""
-    Console(width=140).print(table)
+            special = sum(number for opcode, number in counts.instructions.items() if SPECIAL.match(opcode))
+            of_all = {
+                "instructions": WARP * counts.instructions.total(),
+                "special_instructions": WARP * special,
+                "bytes_read": counts.bytes["ld"],
+                "bytes_written": counts.bytes["st"],
+                "sector_bytes_read": SECTOR * counts.sectors["ld"],
+                "sector_bytes_written": SECTOR * counts.sectors["st"],
+            }
+            a_logit = {name: number / (num_rows * V) for name, number in of_all.items()}
+            rows.append({"operation": operation, "kernel": kernel, **a_logit})
+    show(f"{args.target}, V = {V:,}, {args.dtype}: for each logit of the student", rows)
+    if args.results:
+        settings = {"target": args.target, "vocab_size": V, "dtype": args.dtype}
+        write_json(args.results, {"environment": environment(), **settings, "rows": rows})
     return 0
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=title, title_justify="left")
+    table.add_column("operation")
+    table.add_column("kernel")
+    for column in ("instructions", "2ˣ, ÷, 1/√", "bytes read", "written", "fetched / read", "sent / written"):
+        table.add_column(column, justify="right")
+    before = ""
+    for row in rows:
+        read, written = row["bytes_read"], row["bytes_written"]
+        table.add_row(
+            row["operation"] if row["operation"] != before else "",
+            row["kernel"],
+            f"{row['instructions']:.1f}",
+            f"{row['special_instructions']:.1f}",
+            f"{read:.2f}",
+            f"{written:.2f}",
+            f"{row['sector_bytes_read'] / read:.2f}",
+            f"{row['sector_bytes_written'] / written:.2f}" if written > 0.5 else "",  # else a few numbers a row
+        )
+        before = row["operation"]
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

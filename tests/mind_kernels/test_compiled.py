@@ -5,6 +5,7 @@ All of them, and other targets: MIND_PTX_TARGET=sm_80 python -m pytest tests/min
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -74,8 +75,9 @@ def test_a_barrier_less_is_a_race() -> None:
     assert int(done.stdout) >= 5
 
 
-def test_what_kernels_do_is_counted() -> None:
+def test_what_kernels_do_is_counted(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.ptx", "--vocab_size", "4096", "--dtype", "float16"]
+    command += ["--results", str(tmp_path / "counts.json")]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent.parent)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -88,3 +90,6 @@ def test_what_kernels_do_is_counted() -> None:
     assert float(kernels["log_softmax_kernel"][2]) == pytest.approx(4, rel=0.02)
     assert float(kernels["log_softmax_kernel"][3]) == pytest.approx(2, rel=0.02)
     assert kernels["log_softmax_kernel"][4:] == ["1.00", "1.00"]
+    document = json.loads((tmp_path / "counts.json").read_text())
+    assert document["target"] == "sm_90" and document["environment"]["versions"]["triton"]
+    assert [row["kernel"] for row in document["rows"]] == [row[1] for row in rows]
