@@ -7,10 +7,10 @@ program step together and a register is an array of one number a thread. Beside 
 - OutOfBounds: an address outside the tensors that were given, or not a multiple of what is loaded or stored there;
 - Race: memory that one warp wrote, or read, and another then writes, or reads, without a barrier between; of a tensor
   also by two programs, which nothing orders;
-- shared memory that is read before it is written holds NaN.
+- UnknownInstruction: one whose meaning is not written here, as tcgen05 (products of 16 bits for sm_100).
 
-Instructions that are approximate err here by as much as they are documented to, up or down as their operand's bits
-have it. Products of tensor cores are rounded once.
+Shared memory that is read before it is written holds NaN. Instructions that are approximate err here by as much as they
+are documented to, up or down as their operand's bits have it. Products of tensor cores are rounded once.
 
     with emulated("sm_90"):
         loss, _ = fused_linear_cross_entropy(X, W, labels, backend="triton")  # CPU tensors
@@ -41,7 +41,7 @@ from triton.runtime.jit import JITFunction
 
 from bench.aot import TARGETS, Launch, compile_for, describe
 from bench.measure import environment, write_json
-from bench.ptx_machine import SECTOR, WARP, Array, Counts, OutOfBounds, Race
+from bench.ptx_machine import SECTOR, WARP, Array, Counts, OutOfBounds, Race, UnknownInstruction
 from bench.ptx_translator import Program, translate
 from mind_kernels import (
     MindLossOutput,
@@ -54,7 +54,7 @@ from mind_kernels import (
 )
 from mind_kernels.cross_entropy.triton_path import cross_entropy_kernel
 
-__all__ = ["Counts", "OutOfBounds", "Program", "Race", "emulated", "operations", "translate"]
+__all__ = ["Counts", "OutOfBounds", "Program", "Race", "UnknownInstruction", "emulated", "operations", "translate"]
 
 SPECIAL = re.compile(r"(ex2|lg2|div|rcp|sqrt|rsqrt)\.\S*f32")  # instructions of the special function units
 
@@ -92,8 +92,7 @@ def emulated(target: str = "sm_90") -> Iterator[dict[str, Counts]]:
         key = launch.kernel, tuple(launch.signature.items()), constants, launch.divisible, options
         if key not in programs:
             made = compile_for(launch, TARGETS[target])
-            threads = WARP * launch.options.get("num_warps", 4)
-            programs[key] = translate(made.asm["ptx"], threads, made.metadata.shared)
+            programs[key] = translate(made.asm["ptx"], WARP * made.metadata.num_warps, made.metadata.shared)
         return programs[key]
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:

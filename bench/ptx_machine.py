@@ -23,6 +23,10 @@ class OutOfBounds(Exception):
     """A program's address is in none of the tensors that its kernel was given, or not aligned."""
 
 
+class UnknownInstruction(Exception):
+    """An instruction, or a form of one, whose meaning is not written here: it is refused, never guessed."""
+
+
 class Race(Exception):
     """Two warps use the same bytes, one of them writing, without a barrier between; or two programs."""
 
@@ -136,7 +140,8 @@ def compare(name: str, a: Array, b: Array) -> Array:
 class Counts:
     """What the programs of a kernel did, all together."""
 
-    instructions: Counter[str] = field(default_factory=Counter)  # by opcode; one a warp
+    # By opcode, one a warp; where threads part, each of the parts counts for all warps.
+    instructions: Counter[str] = field(default_factory=Counter)
     sectors: Counter[str] = field(default_factory=Counter)  # of 32 bytes, that "ld" and "st" touched in global memory
     bytes: Counter[str] = field(default_factory=Counter)  # that they wanted there
 
@@ -253,14 +258,13 @@ class Machine:
     def _count(self, kind: str, address: Array, active: Array | None, size: int) -> None:
         if self.counts is None:
             return
-        address, warp = (self.every(address), self.warp) if len(address) > 1 or active is not None else (address, 0)
-        at = address if active is None else address[active]
-        by = warp if active is None else np.asarray(warp)[active]
-        sectors = {(w, s) for w, s in zip(np.broadcast_to(by, at.shape).tolist(), (at // SECTOR).tolist(), strict=True)}
-        self.counts.sectors[kind] += len(sectors)
-        self.counts.bytes[kind] += (
-            len(set(zip(np.broadcast_to(by, at.shape).tolist(), at.tolist(), strict=True))) * size
-        )
+        uniform = len(address) == 1 and active is None  # counted once, not for each warp
+        at, warp = (address, np.zeros(1, np.int64)) if uniform else (self.every(address), self.warp)
+        if active is not None:
+            at, warp = at[active], warp[active]
+        at = at.astype(np.int64)
+        self.counts.sectors[kind] += np.unique([warp, at // SECTOR], axis=1).shape[1]
+        self.counts.bytes[kind] += np.unique([warp, at], axis=1).shape[1] * size
 
     def load_global(self, address: Array, active: Array | None, size: int, number: int) -> list[Array]:
         """`number` values of `size` bytes at each active thread's address."""
@@ -367,8 +371,10 @@ class Machine:
         reads = active & (wanted > 0)
         if reads.any():
             if (wanted[reads] != size).any():
-                raise NotImplementedError("cp.async of a part of its size")
-            words = self.load_global(source, reads, 4, size // 4) if size > 4 else self.load_global(source, reads, 4, 1)
+                raise UnknownInstruction(
+                    f"cp.async: given a source of other than {size} or 0 bytes, wanted one of these"
+                )
+            words = self.load_global(source, reads, 4, size // 4)
             data[reads] = np.stack(words, 1)[reads].view(np.uint8).reshape(-1, size)
         self.copies.append((self.every(to).astype(np.int64), data, active, size))
 
@@ -450,7 +456,7 @@ class Machine:
     ) -> list[Array]:
         """wgmma.m64nNk16: D = A B + C for each four warps, A (64, 16) and B (16, N) described in shared memory."""
         if signs[:2] != ("1", "1") or len(signs) != 4:
-            raise NotImplementedError(f"wgmma {signs}")
+            raise UnknownInstruction(f"wgmma: given the scales and transpositions {signs}, wanted scales of 1")
         a_descriptor, b_descriptor = (self.every(x)[:: 4 * WARP] for x in (A, B))
         columns = 2 * len(C)
         lane, warp = np.arange(4 * WARP) % WARP, np.arange(4 * WARP) // WARP
@@ -478,7 +484,9 @@ class Machine:
         start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
         line = {1: 128, 2: 64, 3: 32}.get(descriptor >> 62)
         if line is None or descriptor >> 49 & 7:
-            raise NotImplementedError(f"wgmma descriptor {descriptor:#x}")
+            raise UnknownInstruction(
+                f"wgmma: given the descriptor {descriptor:#x}, wanted permuted lines of 32, 64 or 128 bytes"
+            )
         i, k = np.arange(rows)[:, None], np.arange(16)[None, :]
         if transposed:
             size = line // 2

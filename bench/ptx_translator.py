@@ -19,6 +19,7 @@ from bench.ptx_machine import (
     Counts,
     Machine,
     Region,
+    UnknownInstruction,
     bf16,
     bit_field,
     bits,
@@ -39,6 +40,11 @@ from bench.ptx_machine import (
 )  # fmt: skip
 
 REGISTERS = {"p": np.bool_, "rs": np.uint16, "r": np.uint32, "rd": np.uint64, "f": np.uint32, "fd": np.uint64}
+# Types, comparisons, and what else may stand in the name of an instruction that computes.
+MODIFIER = (
+    r"[busf](8|16|32|64)|b?f16(x2)?|f32x2|pred|eq|ne|lt|le|gt|ge|equ|neu|ltu|leu|gtu|geu|"
+    r"rn|ftz|approx|full|lo|hi|wide|NaN|param|sync|bfly|idx|max|min|uni"
+)
 PARAMETER = r"\w+_param_(\d+)"
 
 # What an approximation approximates; in fp64.
@@ -119,8 +125,10 @@ class _Translator:
             number = int(text[2:], 16)
         elif re.fullmatch(r"-?\d+\.\d*", text):
             number = int(np.float32(text).view(np.uint32))
-        else:
+        elif re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)", text):
             number = int(text, 0)
+        else:
+            raise UnknownInstruction(f"given the operand {text!r}, wanted a register, a number or global_smem")
         if width == 1:
             return self.constant(np.array([bool(number)]))
         return self.constant(np.array([number % 2**width], UNSIGNED[width]))
@@ -157,12 +165,17 @@ class _Translator:
             return
         warps = ("bar", "shfl", "redux", "ldmatrix", "stmatrix", "mma", "wgmma", "cp")
         if base in warps and self.mask is not None:
-            self.emit(f"raise NotImplementedError('{opcode} in a branch that only some threads take')")
+            self.emit(
+                f"raise UnknownInstruction('{opcode}: given in a branch that only some threads take, wanted all')"
+            )
             return
         if self.mask is not None:
             predicate = self.mask if predicate is None else f"({self.mask} & ({predicate}))"
         if base == "bar":
-            self.emit("M.barrier()" if parts[1] == "sync" or parts[1] == "cta" else "pass")
+            if opcode != "bar.warp.sync":  # the threads of a warp step together
+                if opcode != "bar.sync" or operands != ["0"]:
+                    raise UnknownInstruction(f"{text}: wanted bar.sync 0, of all threads")
+                self.emit("M.barrier()")
         elif base in ("createpolicy", "fence", "membar", "griddepcontrol"):
             if base == "createpolicy":
                 self.emit(f"{operands[0][1:]} = None")
@@ -178,15 +191,16 @@ class _Translator:
                 values = ", ".join(self.registers(operands[1], 32))
                 self.emit(f"M.store_matrices({self.address(operands[0])}, [{values}], {transposed})")
         elif base == "mma":
-            if "m16n8k16" not in parts:
-                raise NotImplementedError(opcode)
+            if "m16n8k16" not in parts or parts[-4:] not in (["f32", kind, kind, "f32"] for kind in ("f16", "bf16")):
+                raise UnknownInstruction(f"{opcode}: wanted m16n8k16 of f16 or bf16 into f32")
             groups = [f"[{', '.join(self.registers(o, 32))}]" for o in operands[1:]]
             self.assign_all(operands[0], f"M.multiply({parts[-2]!r}, {', '.join(groups)})")
         elif opcode.startswith("wgmma.mma_async"):
+            is_known = re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.(b?f16)\.\1", opcode)
+            if not is_known or operands[1].startswith("{"):
+                raise UnknownInstruction(f"{opcode}: wanted k16 of f16 or bf16 in shared memory into f32")
             C = ", ".join(self.registers(operands[0], 32))
             A, B = (self.value(o, 64) for o in operands[1:3])
-            if operands[1].startswith("{"):
-                raise NotImplementedError("wgmma of registers")
             more = f"{A}, {B}, {self.value(operands[3], 1)}, {tuple(operands[4:])}"
             self.assign_all(operands[0], f"M.multiply_shared({parts[-1]!r}, [{C}], {more})")
         elif base == "wgmma":
@@ -218,7 +232,7 @@ class _Translator:
     def memory(self, parts: list[str], operands: list[str], predicate: str | None) -> None:
         kind, space = parts[0], parts[1].removesuffix("::cta")
         if space not in ("global", "shared"):
-            raise NotImplementedError(".".join(parts))
+            raise UnknownInstruction(f"{'.'.join(parts)}: not translated")
         number = next((int(p[1:]) for p in parts if re.fullmatch(r"v\d", p)), 1)
         size = int(re.sub(r"\D", "", parts[-1])) // 8
         active = "None" if predicate is None else predicate
@@ -236,21 +250,25 @@ class _Translator:
         return np.dtype(REGISTERS[re.sub(r"\d+$", "", register)]).itemsize * 8
 
     def copy(self, parts: list[str], operands: list[str], predicate: str | None) -> None:
-        if "commit_group" in parts:
+        opcode = ".".join(parts)
+        if opcode == "cp.async.commit_group":
             self.emit("M.commit()")
-        elif "wait_group" in parts:
+        elif opcode == "cp.async.wait_group":
             self.emit(f"M.wait({int(operands[0])})")
-        elif "wait_all" in parts:
+        elif opcode == "cp.async.wait_all":
             self.emit("M.commit(); M.wait(0)")
-        elif parts[1] == "async" and parts[2] in ("ca", "cg"):
+        elif re.match(r"cp\.async\.c[ag]\.shared(::cta)?\.global", opcode):
             source_size = self.value(operands[3], 32) if len(operands) > 3 else "None"
             to, source, active = self.address(operands[0]), self.address(operands[1]), predicate or "None"
             self.emit(f"M.copy_async({to}, {source}, {active}, {int(operands[2], 0)}, {source_size})")
         else:
-            raise NotImplementedError(".".join(parts))
+            raise UnknownInstruction(f"{opcode}: not translated")
 
     def expression(self, parts: list[str], operands: list[str]) -> str:
         base, kind = parts[0], parts[-1]
+        unknown = [part for part in parts[1:] if not re.fullmatch(MODIFIER, part)]
+        if unknown:
+            raise UnknownInstruction(f"{'.'.join(parts)}: given .{unknown[0]}, not translated")
         ftz = "ftz" in parts
         width = 1 if kind == "pred" else int(re.sub(r"\D", "", kind) or 0)
         if base == "ld":  # a parameter; by an address where two were to choose from
@@ -262,7 +280,7 @@ class _Translator:
             return self.convert(parts, operands[1:])
         if base == "shfl":
             if operands[-2:] != ["31", "-1"]:
-                raise NotImplementedError(f"shfl {operands}")
+                raise UnknownInstruction(f"shfl: given {', '.join(operands[-2:])}, wanted 31 and -1, of the whole warp")
             x = self.value(operands[1], 32)
             if "bfly" in parts:
                 return f"M.butterfly({x}, {int(operands[2], 0)})"
@@ -288,7 +306,7 @@ class _Translator:
             return f"bit_field({v[0]}, {v[1]}, {v[2]}, {is_signed})"
         if base == "setp":
             if len(parts) != 3:
-                raise NotImplementedError(".".join(parts))
+                raise UnknownInstruction(f"{'.'.join(parts)}: not translated")
             if is_float:
                 read = {"f32": "f32", "f16": "half", "bf16": "bf16"}[kind]
                 v = [f"{read}({x})" for x in v]
@@ -297,7 +315,7 @@ class _Translator:
             return f"compare({parts[1]!r}, {v[0]}, {v[1]})"
         if is_float:
             if kind != "f32":
-                raise NotImplementedError(".".join(parts))
+                raise UnknownInstruction(f"{'.'.join(parts)}: not translated")
             x = [f"flush(f32({one}))" if ftz else f"f32({one})" for one in v]
             if base in EXACT:
                 exact = EXACT[base].format(f"{x[0]}.astype(float64)", *x[1:])
@@ -333,7 +351,7 @@ class _Translator:
                 return f"{v[0]} * {v[1]}" + (f" + {v[2]}" if base == "mad" else "")
         if base == "div" and kind == "s32":
             return f"divide({v[0]}, {v[1]})"
-        raise NotImplementedError(".".join(parts))
+        raise UnknownInstruction(f"{'.'.join(parts)}: not translated")
 
     @staticmethod
     def arithmetic(base: str, x: list[str]) -> str:
@@ -343,7 +361,7 @@ class _Translator:
             return f"({x[0]}.astype(float64) * {x[1]} + {x[2]}).astype(float32)"
         unary = {"abs": f"abs({x[0]})", "neg": f"-{x[0]}", "mov": x[0]}
         if base not in unary:
-            raise NotImplementedError(base)
+            raise UnknownInstruction(f"{base}: of fp32, not translated")
         return unary[base]
 
     def convert(self, parts: list[str], operands: list[str]) -> str:
@@ -361,12 +379,12 @@ class _Translator:
             return f"bits({x}{'.view(int32)' if source == 's32' else ''}.astype(float32))"
         if to[0] in "us" and source[0] in "us":
             return f"widen({x}, {re.sub(r'[^0-9]', '', to)}, {source[0] == 's'})"
-        raise NotImplementedError(".".join(parts))
+        raise UnknownInstruction(f"{'.'.join(parts)}: not translated")
 
 
 def chosen(parameters: list[Array], address: Array) -> Array:
     if (address != address[0]).any():
-        raise NotImplementedError("a parameter that threads choose differently")
+        raise UnknownInstruction("ld.param: given addresses that differ between threads, wanted one for all")
     return parameters[int(address[0])]
 
 
@@ -410,11 +428,11 @@ NUMPY = ("where", "fmax", "fmin", "maximum", "minimum", "abs", "exp2", "log2", "
 
 
 def translate(ptx: str, threads: int, shared_bytes: int) -> Program:
-    """Raises: NotImplementedError naming an instruction that is not known here."""
+    """Raises: UnknownInstruction naming it; so does running what turns out to be one."""
     translator = _Translator(ptx)
     names: dict[str, Any] = {name: getattr(np, name) for name in NUMPY}
     names |= {kind.__name__: kind for kind in (*UNSIGNED.values(), *SIGNED.values())}
     names |= {function.__name__: function for function in FUNCTIONS}
-    names |= translator.constants
+    names |= translator.constants | {"UnknownInstruction": UnknownInstruction}
     exec(compile(translator.source, "<ptx>", "exec"), names)
     return Program(names["program"], translator.blocks, threads, shared_bytes)

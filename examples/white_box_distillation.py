@@ -36,7 +36,7 @@ class DistillationTrainer(Trainer):
     """Trainer whose loss is CE + kl_weight·KL(teacher ‖ student), both means over the tokens of an optimiser step."""
 
     def __init__(self, model: PreTrainedModel, *args: Any, teacher: PreTrainedModel, kl_weight: float, **kwargs: Any):
-        attach_mind_loss(model, kl_weight=kl_weight, temperature=1.0)
+        attach_mind_loss(model, kl_weight=kl_weight)
         super().__init__(model, *args, **kwargs)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by num_items_in_batch itself
         self.teacher = teacher.to(self.args.device).eval()

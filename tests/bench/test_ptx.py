@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.ptx import Counts, OutOfBounds, Program, Race, translate
+from bench.ptx import Counts, OutOfBounds, Program, Race, UnknownInstruction, translate
 
 HEAD = ".visible .entry kernel(\n.param .u64 kernel_param_0,\n.param .u64 kernel_param_1\n)\n{"
 FLOATS = np.array([0.0, -0.0, 1.0, -1.5, 3.25, 1e-40, 65504.0, 1e30, -np.inf, np.inf, np.nan, 2.0**-14], np.float32)
@@ -179,7 +179,7 @@ def test_threads_that_part_meet_again() -> None:
 
 def test_a_barrier_that_only_some_threads_reach() -> None:
     body = "setp.eq.b32 %p1, %r1, 0; @%p1 bra $END; bar.sync 0; $END:"
-    with pytest.raises(NotImplementedError, match=r"bar\.sync in a branch that only some threads take"):
+    with pytest.raises(UnknownInstruction, match=r"bar\.sync: given in a branch that only some threads take"):
         run(LOAD + body.replace("; ", ";\n"), np.zeros(32, np.uint32))
 
 
@@ -332,9 +332,32 @@ def test_what_is_counted() -> None:
     assert counts.instructions["ld.global.b32"] == 2 and counts.instructions["add.s32"] == 2
 
 
-def test_an_instruction_that_is_not_known() -> None:
-    with pytest.raises(NotImplementedError, match=r"vote\.sync\.any\.pred"):
-        program("vote.sync.any.pred %p1, %p2, -1;")
+@pytest.mark.parametrize(
+    ("instruction", "message"),
+    [
+        ("vote.sync.any.pred %p1, %p2, -1;", r"vote\.sync\.any\.pred: given \.any, not translated"),
+        ("sin.approx.f32 %r1, %r2;", "sin: of fp32"),
+        ("atom.global.add.u32 %r1, [%rd1], 1;", r"given \.global"),
+        ("add.s32 %r1, %r2, elsewhere;", "given the operand 'elsewhere', wanted a register"),
+        ("bar.sync 1, 128;", "bar.sync 1, 128: wanted bar.sync 0"),
+        ("bar.red.popc.u32 %r1, 0, %p1;", "wanted bar.sync 0"),
+        ("shfl.sync.bfly.b32 %r1, %r2, 1, 15, -1;", "given 15, -1, wanted 31 and -1"),
+        (MULTIPLY.replace("m16n8k16", "m16n8k8") + ";", "wanted m16n8k16"),
+        (MULTIPLY.replace("f32.f16.f16.f32", "f16.f16.f16.f16") + ";", "into f32"),
+        ("wgmma.mma_async.sync.aligned.m64n8k8.f32.tf32.tf32 {%r1}, %rd1, %rd2, %p1, 1, 1, 0, 0;", "wanted k16"),
+        ("ld.acquire.gpu.global.b32 %r1, [%rd1];", r"ld\.acquire\.gpu\.global\.b32: not translated"),
+        ("cp.async.bulk.commit_group;", r"cp\.async\.bulk\.commit_group: not translated"),
+        ("shfl.sync.down.b32 %r1, %r2, 1, 31, -1;", r"given \.down"),
+        ("add.rz.f32 %r1, %r2, %r3;", r"given \.rz"),
+        ("cvt.rn.relu.bf16.f32 %rs1, %r2;", r"given \.relu"),
+        ("setp.lt.and.f32 %p1, %r1, %r2, %p2;", r"given \.and"),
+        ("redux.sync.min.abs.f32 %r1, %r2, -1;", r"given \.abs"),
+    ],
+    ids=lambda value: value.split(" ")[0] if value.endswith(";") else "",
+)
+def test_what_is_not_known_is_refused(instruction: str, message: str) -> None:
+    with pytest.raises(UnknownInstruction, match=message):
+        program(instruction)
 
 
 def test_kernels_of_the_interpreter_are_refused() -> None:
@@ -410,5 +433,5 @@ def test_a_parameter_by_its_address() -> None:
     st.global.b32 [ %rd4 + 4 ], { %r2 };
     """.replace("[ %r1 + 0 ]", "[global_smem]").replace("st.global", "setp.eq.u32 %p2, %r1, 0;\n@%p2 st.global")
     assert run(body.replace("LIMIT", "0"), np.zeros(2, np.uint32), shared_bytes=16).tolist() == [0, 9] + [0] * 30
-    with pytest.raises(NotImplementedError, match="threads choose differently"):
+    with pytest.raises(UnknownInstruction, match="addresses that differ between threads"):
         run(body.replace("LIMIT", "5"), np.zeros(2, np.uint32), shared_bytes=16)

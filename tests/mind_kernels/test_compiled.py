@@ -17,6 +17,16 @@ import pytest
 TESTS = Path(__file__).parent
 
 
+def run(*arguments: str, **variables: str) -> str:
+    """What Python prints, in a process in which kernels are not the interpreter's."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=TESTS.parent.parent
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
 @pytest.mark.parametrize(
     ("target", "file", "least"),
     [
@@ -26,13 +36,9 @@ TESTS = Path(__file__).parent
     ],
 )
 def test_kernels_as_compiled(target: str, file: str, least: int) -> None:
-    environment = os.environ | {"MIND_PTX_TARGET": target}
-    environment.pop("TRITON_INTERPRET", None)  # with which there would be nothing compiled
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "bfloat16", str(TESTS / file)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent.parent)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed[1]) >= least, done.stdout[-1000:]
+    output = run("-m", "pytest", "-q", "-k", "bfloat16", str(TESTS / file), MIND_PTX_TARGET=target)
+    passed = re.search(r"(\d+) passed", output)
+    assert passed is not None and int(passed[1]) >= least, output[-1000:]
 
 
 WITHOUT_A_BARRIER = """
@@ -66,22 +72,13 @@ print(len(barriers))
 
 def test_a_barrier_less_is_a_race() -> None:
     """Each of those that Triton put into a kernel."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_A_BARRIER], capture_output=True, text=True, env=environment,
-        cwd=TESTS.parent.parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
-    assert int(done.stdout) >= 5
+    assert int(run("-c", WITHOUT_A_BARRIER)) >= 5
 
 
 def test_what_kernels_do_is_counted(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.ptx", "--vocab_size", "4096", "--dtype", "float16"]
-    command += ["--results", str(tmp_path / "counts.json")]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent.parent)
-    assert done.returncode == 0, done.stderr[-4000:]
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "│" in line]
+    file = tmp_path / "counts.json"
+    output = run("-m", "bench.ptx", "--vocab_size", "4096", "--dtype", "float16", "--results", str(file))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if "│" in line]
     kernels = {row[1]: row[2:] for row in rows}
     assert {"cross_entropy_kernel", "dense_kl_kernel", "tail_kernel", "pairs_kernel", "log_softmax_kernel"} <= set(
         kernels
@@ -90,6 +87,6 @@ def test_what_kernels_do_is_counted(tmp_path: Path) -> None:
     assert float(kernels["log_softmax_kernel"][2]) == pytest.approx(4, rel=0.02)
     assert float(kernels["log_softmax_kernel"][3]) == pytest.approx(2, rel=0.02)
     assert kernels["log_softmax_kernel"][4:] == ["1.00", "1.00"]
-    document = json.loads((tmp_path / "counts.json").read_text())
+    document = json.loads(file.read_text())
     assert document["target"] == "sm_90" and document["environment"]["versions"]["triton"]
     assert [row["kernel"] for row in document["rows"]] == [row[1] for row in rows]
