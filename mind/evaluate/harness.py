@@ -101,6 +101,7 @@ def evaluate(
         )
         for name, task in loaded.items()
     }
+    packages = ["lm-eval", "transformers", "torch", *(["vllm"] if backend == "vllm" else [])]
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -111,7 +112,7 @@ def evaluate(
         "instruction": instruction,
         "max_new_tokens": max_new_tokens,
         "seed": seed,
-        "versions": {name: importlib.metadata.version(name) for name in ("lm-eval", "transformers", "torch")},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
         "seconds": round(time.perf_counter() - start, 1),
         "tasks": results,
         **averages(results, seed),
@@ -255,8 +256,11 @@ def _hugging_face_model(student: str, dtype: str, device: str | None, batch_size
 
 
 def _vllm_model(student: str, dtype: str) -> Any:
-    if importlib.util.find_spec("vllm") is None:
-        raise EvaluationError("--backend vllm: vLLM is not installed: pip install vllm")
+    try:
+        import vllm  # noqa: F401 -- the harness takes one that cannot be imported for one that is not there
+    except ImportError as error:
+        reason = "is not installed: pip install vllm" if error.name == "vllm" else f"cannot be imported: {error}"
+        raise EvaluationError(f"--backend vllm: vLLM {reason}") from error
     from lm_eval.models.vllm_causallms import VLLM
     from transformers import AutoTokenizer
 
@@ -266,7 +270,11 @@ def _vllm_model(student: str, dtype: str) -> Any:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise EvaluationError(f"student {student!r} has no tokenizer that can be loaded: {reason}") from error
-    return VLLM(pretrained=source, dtype=dtype, batch_size="auto", add_bos_token=_bos(tokenizer))
+    try:
+        return VLLM(pretrained=source, dtype=dtype, batch_size="auto", add_bos_token=_bos(tokenizer))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise EvaluationError(f"student {student!r} cannot be loaded by vLLM: {reason}") from error
 
 
 def _bos(tokenizer: Any) -> bool | None:

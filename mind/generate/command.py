@@ -83,7 +83,10 @@ class GenerateConfig:
         metadata={"help": 'The line to finish with, as mind train has it; holds "{answer}" once.'},
     )
     concurrency: int = field(
-        default=16, metadata={"help": "Requests in flight at a server; prompts in a batch of a local model."}
+        default=16,
+        metadata={
+            "help": "Requests in flight at a server; prompts in a batch of a local model. vLLM is given all at once."
+        },
     )
     max_tokens: int = field(default=1024, metadata={"help": "Longest answer; one that is cut there is dropped."})
     temperature: float = field(default=0.0, metadata={"help": "Of the teacher's sampling. 0: greedy."})

@@ -441,41 +441,55 @@ def _positions(model: PreTrainedModel) -> float:
 
 @dataclass(frozen=True)
 class VLLMTeacher(LocalTeacher):
-    """vLLM's offline engine with its own defaults, where vLLM is installed. This project's tests run a stand-in alone.
+    """vLLM's offline engine with its own defaults, where vLLM is installed: all prompts at once, which it schedules.
 
-    batch_size: prompts handed to the engine together, which schedules them itself.
+    Prompts are the local teacher's, token by token, and so is what ends an answer. A kill loses what is not finished.
     """
 
     def answer_all(self, requests: Sequence[Request], sink: Sink, proven: bool) -> None:
-        """Raises: GenerateError when vLLM is not installed, has no chat template, or another tokenizer than the
-        student, or when not proven and a prompt is too long.
+        """Raises: GenerateError when vLLM is not installed or cannot load the model, when that has no chat template,
+        or another tokenizer than the student, or when not proven and a prompt is too long.
         """
         try:
             from vllm import LLM, SamplingParams
         except ImportError as error:
-            raise GenerateError(
-                "engine vllm: vLLM is not installed, wanted pip install vllm or another engine"
-            ) from error
+            reason = "is not installed" if error.name == "vllm" else f"cannot be imported ({error})"
+            raise GenerateError(f"engine vllm: vLLM {reason}, wanted pip install vllm or another engine") from error
+        from mind.prompting import end_of_turn_id
         from mind.students import student_source
 
         source, k = student_source(self.model, role=self.role), self.sampling.top_logprobs
-        engine = LLM(model=source, seed=self.seed)
-        if k and self.sampling.student is not None:
-            self.sampling.student.check_vocabulary(self.model, engine.get_tokenizer())
-        room = engine.llm_engine.model_config.max_model_len
-        prompts, refused = self._encode(engine.get_tokenizer(), room, requests, proven)
-        for request, answer in refused:
-            sink.answered(request, answer)
-        settings = {"max_tokens": self.sampling.max_tokens, "temperature": self.sampling.temperature}
-        parameters = SamplingParams(**settings, logprobs=k or None)
-        for start in range(0, len(prompts), self.batch_size):
-            batch = [request for request, _ in prompts[start : start + self.batch_size]]
-            turns = [[{"role": "user", "content": request.prompt}] for request in batch]
-            for request, output in zip(batch, engine.chat(turns, parameters, use_tqdm=False), strict=True):
-                best = output.outputs[0]
-                topk = None
-                if k:
-                    pairs = ([(i, entry.logprob) for i, entry in row.items()] for row in best.logprobs)
-                    topk = topk_of(zip(best.token_ids, pairs, strict=True), k)
-                counts = len(output.prompt_token_ids), len(best.token_ids)
-                sink.answered(request, Answer(best.text, best.finish_reason or "stop", *counts, topk=topk))
+        try:
+            engine = LLM(model=source, seed=self.seed, **({"max_logprobs": k} if k else {}))
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise GenerateError(f"{self.role} {self.model!r} cannot be loaded by vLLM: {reason}") from error
+        core = engine.llm_engine
+        try:
+            tokenizer = engine.get_tokenizer()
+            if k and self.sampling.student is not None:
+                self.sampling.student.check_vocabulary(self.model, tokenizer)
+            prompts, refused = self._encode(tokenizer, core.model_config.max_model_len, requests, proven)
+            for request, answer in refused:
+                sink.answered(request, answer)
+            settings = {"max_tokens": self.sampling.max_tokens, "temperature": self.sampling.temperature}
+            parameters = SamplingParams(**settings, stop_token_ids=[end_of_turn_id(tokenizer)], logprobs=k or None)
+            engine.enqueue([{"prompt_token_ids": ids} for _, ids in prompts], parameters, use_tqdm=False)
+            while core.has_unfinished_requests():
+                for output in core.step():
+                    request, ids = prompts[int(output.request_id)]  # it numbers them as they came
+                    if list(output.prompt_token_ids) != ids:
+                        raise GenerateError(f"engine vllm: the answer to question {request.id!r} is to another prompt")
+                    sink.answered(request, self._read(output))
+        finally:
+            core.engine_core.shutdown()  # its processes would keep the device's memory until this one ends
+
+    def _read(self, output: Any) -> Answer:
+        best, k = output.outputs[0], self.sampling.top_logprobs
+        topk = None
+        if k:
+            pairs = ([(i, entry.logprob) for i, entry in row.items()] for row in best.logprobs)
+            topk = topk_of(zip(best.token_ids, pairs, strict=True), k)
+        return Answer(
+            best.text, best.finish_reason or "stop", len(output.prompt_token_ids), len(best.token_ids), topk=topk
+        )

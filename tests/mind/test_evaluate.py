@@ -367,6 +367,16 @@ def test_bad_input(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_vllm_that_cannot_be_imported_is_not_said_to_be_absent(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vllm.py").write_text("import a_package_that_it_needs")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    message = refused(flags(inputs, tmp_path / "result.json", backend="vllm", device=None), capsys)
+    assert "--backend vllm: vLLM cannot be imported: No module named 'a_package_that_it_needs'" in message
+
+
 def test_bad_files(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty, other = tmp_path / "empty.jsonl", tmp_path / "other.jsonl"
     empty.write_text("")

@@ -265,46 +265,68 @@ def test_local_answers_do_not_depend_on_the_batch(tiny: Path) -> None:
 
 
 def test_vllm_is_given_what_fits_its_context(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for it, which as vLLM itself ends with an error at a prompt that is longer than its context."""
+    """A stand-in for it, which as vLLM itself ends with an error at a prompt that is longer than its context, and
+    answers in an order of its own. with_vllm.py runs the real one."""
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    asked: list[list[str]] = []
+    given: list[dict[str, Any]] = []
+    engines: list[Any] = []
 
     class LLM:
         def __init__(self, model: str, seed: int) -> None:
+            if "broken" in model:
+                raise RuntimeError("Engine core initialization failed.\nSee root cause above.")
             assert model == str(tiny)
-            self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=100))
+            self.llm_engine, self.engine_core = self, self
+            self.model_config = SimpleNamespace(max_model_len=100)
+            self.waiting: list[tuple[str, list[int]]] = []
+            self.closed = False
+            engines.append(self)
 
         def get_tokenizer(self) -> Any:
             return tokenizer
 
-        def chat(self, turns: list[list[dict[str, str]]], parameters: Any, use_tqdm: bool) -> list[Any]:
-            outputs = []
-            for turn in turns:
-                ids = tokenizer(
-                    tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-                ).input_ids
-                if len(ids) > 100:
+        def enqueue(self, prompts: list[dict[str, list[int]]], parameters: Any, use_tqdm: bool) -> None:
+            for number, prompt in enumerate(prompts):
+                if len(prompt["prompt_token_ids"]) > 100:
                     raise ValueError("The decoder prompt is longer than the maximum model length of 100.")
-                best = SimpleNamespace(text="Yes", token_ids=[1, 2, 3, 256], finish_reason="stop")
-                outputs.append(SimpleNamespace(prompt_token_ids=ids, outputs=[best]))
-            asked.append([turn[0]["content"] for turn in turns])
-            return outputs
+                self.waiting.append((str(number), prompt["prompt_token_ids"]))
+            given.append(vars(parameters))
+
+        def has_unfinished_requests(self) -> bool:
+            return bool(self.waiting)
+
+        def step(self) -> list[Any]:
+            number, ids = self.waiting.pop()
+            text = str(tokenizer.decode(ids)).partition("user: ")[2][0].upper()
+            best = SimpleNamespace(text=text, token_ids=[1, 2, 3, 256], finish_reason="stop")
+            return [SimpleNamespace(request_id=number, prompt_token_ids=ids, outputs=[best])]
+
+        def shutdown(self) -> None:
+            self.closed = True
 
     vllm = ModuleType("vllm")
     vllm.LLM, vllm.SamplingParams = LLM, SimpleNamespace  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     requests = [Request(str(i), str(i), "p", text) for i, text in enumerate(["a", "b" * 70, "c", "d" * 200, "e"])]
-    teacher, sink = VLLMTeacher(str(tiny), Sampling(max_tokens=20), batch_size=2), Received()
+    teacher, sink = VLLMTeacher(str(tiny), Sampling(max_tokens=20)), Received()
     teacher.answer_all(requests, sink, proven=True)
-    assert asked == [["a", "c"], ["e"]]
+    assert given == [
+        {"max_tokens": 20, "temperature": 0.0, "stop_token_ids": [tokenizer.eos_token_id], "logprobs": None}
+    ]
     prompt = len(tokenizer("user: aassistant: ").input_ids)
-    assert sink.answers["0"] == Answer("Yes", "stop", prompt, 4)
+    assert {i: sink.answers[i] for i in "024"} == {
+        i: Answer(text, "stop", prompt, 4) for i, text in zip("024", "ACE", strict=True)
+    }
     monkeypatch.setenv("HOME", str(tiny.parent))
     VLLMTeacher(f"~/{tiny.name}", Sampling(max_tokens=20)).answer_all(requests[:1], sink, proven=True)
     with pytest.raises(
         ValueError, match=r"^teacher './nowhere': no such folder, wanted a folder saved by save_pretrained"
     ):
         VLLMTeacher("./nowhere", Sampling()).answer_all(requests, sink, proven=True)
+    with pytest.raises(
+        GenerateError, match=r"^teacher 'a/broken' cannot be loaded by vLLM: Engine core initialization failed. See"
+    ):
+        VLLMTeacher("a/broken", Sampling()).answer_all(requests, sink, proven=True)
     for name, length in (("1", prompt + 69), ("3", prompt + 199)):
         reason = f"{length} tokens of prompt and max_tokens=20 exceed the model's 100 positions"
         assert sink.answers[name] == Answer("", "refused", refusal=reason)
@@ -317,6 +339,19 @@ def test_vllm_is_given_what_fits_its_context(tiny: Path, monkeypatch: pytest.Mon
         GenerateError, match=rf"^teacher '{tiny}': its tokenizer has no chat template, wanted an instruct"
     ):
         teacher.answer_all(requests, sink, proven=True)
+    assert len(engines) == 4 and all(engine.closed for engine in engines)  # whatever came: the device is free again
+
+
+def test_vllm_that_cannot_be_imported_is_not_said_to_be_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vllm.py").write_text("import a_package_that_it_needs")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    request = Request("1", "1", "p", "Hm")
+    with pytest.raises(
+        GenerateError,
+        match=r"^engine vllm: vLLM cannot be imported \(No module named 'a_package_that_it_needs'\), wanted",
+    ):
+        VLLMTeacher(str(tmp_path), Sampling()).answer_all([request], Received(), proven=True)
 
 
 def test_positions_of_a_model_that_sees_pictures(tiny: Path, tmp_path: Path) -> None:
