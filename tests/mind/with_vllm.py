@@ -95,8 +95,8 @@ def test_the_engine_answers_as_transformers(sampling: Sampling, wanted: dict[str
     VLLMTeacher(STUDENT, sampling).answer_all(REQUESTS, sink, proven=False)
     assert sampling.student is not None
     check(sink.answers, wanted, known=set(range(len(sampling.student.tokenizer))))
-    living = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
-    assert not [p for p in living if "VLLM" in p.name()]  # the device is free for a difficulty student
+    engine = [process for process in psutil.Process().children(recursive=True) if "VLLM" in process.name()]
+    assert psutil.wait_procs(engine, timeout=30)[1] == []  # the device is free for a difficulty student
 
 
 def test_the_server_answers_as_transformers(sampling: Sampling, wanted: dict[str, Answer], tmp_path: Path) -> None:
