@@ -58,6 +58,13 @@ class RunArguments:
         default=None,
         metadata={"help": "Instead: NAME.topk.parquet, what mind generate stored of the teacher; with kl_weight."},
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "QLoRA: the student's linear layers but the head in 4 bits (NF4) of bitsandbytes; with use_lora. A "
+            "student that was saved so needs no flag. The run saves it in fp32, merged, as with any use_lora."
+        },
+    )
     attn_implementation: str | None = field(
         default=None,
         metadata={

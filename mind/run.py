@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from rich.console import Console
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -36,7 +37,7 @@ from mind.generate.topk import TopKTeacher
 from mind.problems import generate_records
 from mind.prompting import token_that_differs
 from mind.report import LOG_FILE, METRICS_FILE, PICTURE_FILE, draw, read_metrics, table, write_log, write_metrics
-from mind.students import load_student
+from mind.students import is_quantised, load_student
 from mind.trainer import MindTrainer
 
 if TYPE_CHECKING:
@@ -59,7 +60,17 @@ def distil(run: RunArguments, config: MindConfig) -> dict[str, Any]:
         # Weights that are only read, in the dtype of the products; fp16 has too narrow a range for some models'.
         frozen = torch.bfloat16 if config.bf16 else torch.float32
         dtype, attention = frozen if config.use_lora else torch.float32, run.attn_implementation
-        student, tokenizer = load_student(run.student, dtype=dtype, attn_implementation=attention)
+        if run.load_in_4bit and not config.use_lora:
+            raise ValueError("load_in_4bit: given True without use_lora, wanted both: weights of 4 bits do not learn")
+        student, tokenizer = load_student(
+            run.student, dtype=dtype, attn_implementation=attention, load_in_4bit=run.load_in_4bit
+        )
+        if is_quantised(student) and not getattr(student, "is_loaded_in_4bit", False):
+            method = student.config.quantization_config.quant_method.value
+            raise ValueError(
+                f"student {run.student!r} is quantised by {method}, wanted bitsandbytes' 4 bits, or none: at its end "
+                "the run merges the adapters"
+            )
         teacher: PreTrainedModel | TopKTeacher | None = None
         if run.teacher is not None:
             teacher, own = load_student(run.teacher, dtype=frozen, attn_implementation=attention, role="teacher")
@@ -290,14 +301,29 @@ def _read_before(
 def _save_student(trainer: MindTrainer) -> None:
     """<output_dir>/student, there whole or not at all; adapters are merged into it."""
     if trainer.args.use_lora and trainer.args.should_save:
-        # In fp32: of 16 bits, half a unit in the last place of a weight is more than most of what LoRA adds to it.
-        trainer.model = torch.nn.Module.to(trainer.model, "cpu", torch.float32).merge_and_unload()  # type: ignore[operator]
+        assert isinstance(trainer.model, PeftModel)
+        trainer.model = _merged(trainer.model)
     partial = os.path.join(trainer.args.output_dir, PARTIAL_PREFIX + STUDENT_FOLDER)
     if trainer.args.should_save:
         shutil.rmtree(partial, ignore_errors=True)  # of a run killed here
     trainer.save_model(os.path.join(partial, STUDENT_FOLDER))
     if trainer.args.should_save:
         publish(partial, trainer.args.output_dir, STUDENT_FOLDER)
+
+
+def _merged(student: PeftModel) -> PreTrainedModel:
+    """The student with its adapters within its weights, on the host.
+
+    In fp32: of 16 bits, half a unit in the last place of a weight is more than most of what LoRA adds to it. Weights of
+    4 bits are merged into as they were in training, not as they were before they were quantised.
+    """
+    if is_quantised(student.get_base_model()):
+        adapters, settings = get_peft_model_state_dict(student), student.peft_config["default"]
+        base = torch.nn.Module.to(student.unload(), "cpu").dequantize(torch.float32)
+        vars(base).pop("_weight_conversions", None)  # of a student saved in 4 bits, which saving would undo
+        student = get_peft_model(base, settings)
+        set_peft_model_state_dict(student, adapters)
+    return torch.nn.Module.to(student, "cpu", torch.float32).merge_and_unload()
 
 
 def _print_report(config: MindConfig, metrics: dict[str, Any]) -> None:

@@ -26,7 +26,13 @@ from typing import Any, cast
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 
 @dataclass(frozen=True)
@@ -56,13 +62,16 @@ def load_student(
     dtype: torch.dtype = torch.float32,
     cache_dir: str | os.PathLike[str] | None = None,
     attn_implementation: str | None = None,
+    load_in_4bit: bool = False,
     role: str = "student",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM, every parameter trainable, in `dtype`, and its tokenizer.
+    """A causal LM, every parameter trainable unless it is quantised, in `dtype`, and its tokenizer.
 
     name_or_path: a name in BUILTIN_STUDENTS, a Hugging Face folder or a hub id, looked for in that order.
     cache_dir: where dense folders of built-in students are kept, see `cache_root`.
     attn_implementation: "eager", "sdpa", "flash_attention_2" …, as transformers names them; its own choice by default.
+    load_in_4bit: the linear layers but the head in NF4 with quantised scales (QLoRA, arXiv 2305.14314), 0.52 bytes a
+        weight, by bitsandbytes; their products in `dtype`. Then they are frozen.
     role: what an error calls the model.
 
     A tokenizer without a pad token, or with one outside the model's embedding, pads with its EOS token: embeddings are
@@ -73,10 +82,18 @@ def load_student(
     """
     name = os.fspath(name_or_path)
     source = student_source(name, cache_dir, role)
+    quantised: dict[str, Any] = {}
+    if load_in_4bit:
+        quantised["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+            source, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True, **quantised
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         # ImportError: of a quantised model, whose package is not installed.
@@ -95,6 +112,11 @@ def load_student(
         )
     _set_pad_token(role, name, model, tokenizer)
     return model, tokenizer
+
+
+def is_quantised(model: torch.nn.Module) -> bool:
+    """Whether weights of it are stored in fewer bits than they are computed with."""
+    return bool(getattr(model, "is_quantized", False))
 
 
 def student_source(name: str, cache_dir: str | os.PathLike[str] | None = None, role: str = "student") -> str:

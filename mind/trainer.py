@@ -41,6 +41,7 @@ from mind.evaluation import generation_stop_ids
 from mind.feedback import Feedback, peak_memory_bytes, summarise
 from mind.generate.topk import TopKTeacher
 from mind.prompt_attention import needs_autocast, readable
+from mind.students import is_quantised
 from mind_kernels import TeacherHidden, TeacherTopK, fused_linear_cross_entropy, record_pruning
 from mind_kernels.chunking import to_device
 
@@ -88,6 +89,13 @@ class MindTrainer(Trainer):
             raise TypeError(f"train_dataset: given {type(train_dataset).__name__}, wanted MindDataset")
         if args.use_lora and isinstance(model, PeftModel):
             raise ValueError("use_lora: given True for a model with adapters of its own, wanted False")
+        if not args.use_lora and not isinstance(model, PeftModel) and is_quantised(model):
+            raise ValueError("use_lora: given False for a quantised model, wanted True: its weights do not learn")
+        for module in model.modules():
+            # On a CPU with these instructions bitsandbytes would reorder 4-bit weights when they are evaluated, and
+            # then pass no gradient through them.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         if not args.use_lora and not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("model: no parameter requires a gradient, wanted some, or use_lora")
         if args.n_gpu > 1:

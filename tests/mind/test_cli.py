@@ -74,9 +74,10 @@ def test_how_student_and_teacher_are_loaded(
     asked: dict[str, tuple[str, torch.dtype]] = {}
 
     def load(
-        name: str, attn_implementation: str, dtype: torch.dtype = torch.float32, role: str = "student"
+        name: str, attn_implementation: str, dtype: torch.dtype = torch.float32, role: str = "student", **rest: bool
     ) -> tuple[None, None]:
         asked[name] = attn_implementation, dtype
+        assert not rest.get("load_in_4bit")
         if role == "teacher":
             raise ValueError("seen enough")
         return None, None
