@@ -289,6 +289,8 @@ class MindConfig(TrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = 1e-4 if self.use_lora else 1e-5
         self._want("learning_rate", self.learning_rate >= 0, "a number that is not negative")
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # there is nothing else, and transformers wants bf16 on a CPU to be asked for so
         if self.bf16 is None:
             self.bf16 = not self.fp16 and computes_bf16(self.use_cpu)
         elif self.bf16 and not computes_bf16(self.use_cpu):

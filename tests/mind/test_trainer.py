@@ -1215,6 +1215,13 @@ def test_defaults() -> None:
     assert MindConfig(output_dir="runs/x", use_cpu=True, use_lora=True).learning_rate == 1e-4
 
 
+def test_without_an_accelerator_the_cpu_need_not_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr("mind.config.computes_bf16", lambda use_cpu: use_cpu)
+    args = MindConfig(output_dir=str(tmp_path), bf16=True)
+    assert (args.bf16, args.use_cpu, args.device.type) == (True, True, "cpu")
+
+
 @pytest.mark.parametrize("has_instructions", [True, False])
 def test_bf16_where_the_device_has_instructions_for_it(
     has_instructions: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
