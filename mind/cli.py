@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -136,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if arguments else BAD_INPUT
     command, *rest = arguments
+    # peft imports bitsandbytes where it is installed, which on some CPUs tells of a kernel that could be downloaded.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         if command == "train":
             train(rest)
