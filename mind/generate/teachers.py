@@ -444,6 +444,7 @@ class VLLMTeacher(LocalTeacher):
     """vLLM's offline engine with its own defaults, where vLLM is installed: all prompts at once, which it schedules.
 
     Prompts are the local teacher's, token by token, and so is what ends an answer. A kill loses what is not finished.
+    batch_size is not used.
     """
 
     def answer_all(self, requests: Sequence[Request], sink: Sink, proven: bool) -> None:
@@ -460,7 +461,7 @@ class VLLMTeacher(LocalTeacher):
 
         source, k = student_source(self.model, role=self.role), self.sampling.top_logprobs
         try:
-            engine = LLM(model=source, seed=self.seed, **({"max_logprobs": k} if k else {}))
+            engine = LLM(model=source, seed=self.seed, max_logprobs=max(k, 20))  # without a word it gives up to 20
         except (RuntimeError, ValueError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
             raise GenerateError(f"{self.role} {self.model!r} cannot be loaded by vLLM: {reason}") from error

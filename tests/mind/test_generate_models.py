@@ -272,7 +272,7 @@ def test_vllm_is_given_what_fits_its_context(tiny: Path, monkeypatch: pytest.Mon
     engines: list[Any] = []
 
     class LLM:
-        def __init__(self, model: str, seed: int) -> None:
+        def __init__(self, model: str, seed: int, max_logprobs: int) -> None:
             if "broken" in model:
                 raise RuntimeError("Engine core initialization failed.\nSee root cause above.")
             assert model == str(tiny)
