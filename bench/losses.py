@@ -13,8 +13,6 @@ of `make bench`, bench/results holds
     cpu-losses-fp32    --cases smollm2-135m-real smollm2-135m-mind-real smollm2-135m-kl smollm2-135m-jsd --minutes 30
                        --dtypes float32 --providers mind pytorch pytorch-compiled cce-torch-compile trl liger-chunked
                        torch-linear-ce torch-linear-ce-accurate
-    cpu-llama-fp32     that of cpu-large-heads for llama-3.1-8b in fp32 alone
-    cpu-cross-entropy-fp32   the cross-entropies of cpu-losses-fp32 without trl and torch-linear-ce
     cpu-linear-ce      --cases smollm2-135m-real --rows 1024 --minutes 30
                        --providers mind pytorch torch-linear-ce torch-linear-ce-accurate
 """
