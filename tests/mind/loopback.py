@@ -1,9 +1,13 @@
-"""An HTTP server on loopback that speaks the OpenAI protocol: scripted answers, or a proxy that injects faults."""
+"""HTTP servers on loopback that speak the OpenAI protocol: scripted answers, a proxy that injects faults, real ones."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import socket
+import subprocess
 import threading
 import time
 import urllib.error
@@ -12,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 
@@ -107,6 +112,34 @@ def loopback(respond: Respond) -> Iterator[Loopback]:
         http.shutdown()
         thread.join()
         http.server_close()
+
+
+@contextmanager
+def real_server(command: list[str], folder: Path, seconds: float, **variables: str) -> Iterator[str]:
+    """The address of what `command` starts, once it is healthy. seconds: of its start; its log is in the folder."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [*command, "--host", "127.0.0.1", "--port", str(port)]
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(command, env=os.environ | variables, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-2000:]
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def forward(upstream: str) -> Respond:

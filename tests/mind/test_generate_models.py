@@ -6,13 +6,7 @@ The tiny teacher answers 5 to everything, so what is right is known. About a min
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -31,7 +25,7 @@ from mind.generate.topk import StudentTokens
 from mind.students import dense_student
 
 from .generating import command, generate, refused, write
-from .loopback import Reply, completion, forward, loopback, refusal
+from .loopback import Reply, completion, forward, loopback, real_server, refusal
 from .test_trainer import one_thread  # noqa: F401
 from .tiny import tiny_student
 from .tiny_teacher import SENTENCE, tiny_teacher, write_prompts
@@ -58,32 +52,10 @@ def no_template(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of `transformers serve`, which loads the folder that a request names."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     folder = tmp_path_factory.mktemp("serve")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder), "OMP_NUM_THREADS": "1"}
-    executable = Path(sys.executable).with_name("transformers")
-    arguments = [str(executable), "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(arguments, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + 180
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-2000:]
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", "--device", "cpu"]
+    with real_server(command, folder, 180, HF_HUB_OFFLINE="1", HF_HOME=str(folder), OMP_NUM_THREADS="1") as url:
+        yield url
 
 
 def fives(count: int) -> list[dict[str, Any]]:

@@ -1,5 +1,5 @@
 """vLLM itself, its build for CPUs: `make vllm`, which keeps it in a virtual environment of its own, as it wants older
-packages than the rest. SmolLM2-135M in fp32, so that what it writes is what transformers writes. Ten minutes, most of
+packages than the rest. SmolLM2-135M in fp32, so that what it writes is what transformers writes. Six minutes, most of
 them vLLM's starts.
 """
 
@@ -10,11 +10,7 @@ import importlib.metadata
 import json
 import math
 import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +30,7 @@ from mind.generate.topk import StudentTokens, token_bytes
 from mind.prompting import PromptFormat
 from mind.students import dense_student
 
+from .loopback import real_server
 from .test_generate_models import Received
 
 STUDENT, K = "smollm2-135m", 25  # more than the 20 that vLLM gives unasked
@@ -100,23 +97,10 @@ def test_the_engine_answers_as_transformers(sampling: Sampling, wanted: dict[str
 
 
 def test_the_server_answers_as_transformers(sampling: Sampling, wanted: dict[str, Answer], tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
-    server += ["--model", str(dense_student(STUDENT)), "--served-model-name", "s", "--dtype", "float32"]
-    with open(tmp_path / "log", "wb") as log:
-        process = subprocess.Popen([*server, "--max-logprobs", str(K)], stdout=log, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + 400
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-2000:]
-                time.sleep(0.5)
-        url, sink = f"http://127.0.0.1:{port}/v1", Received()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(dense_student(STUDENT))]
+    command += ["--served-model-name", "s", "--dtype", "float32", "--max-logprobs", str(K)]
+    with real_server(command, tmp_path, 400) as url:
+        sink = Received()
         ServerTeacher("s", url, None, sampling).answer_all(REQUESTS, sink, proven=False)
         assert sampling.student is not None
         pieces = token_bytes(sampling.student.tokenizer)
@@ -128,9 +112,6 @@ def test_the_server_answers_as_transformers(sampling: Sampling, wanted: dict[str
             ServerTeacher("s", url, None, more).answer_all(REQUESTS, sink, proven=False)
         with pytest.raises(GenerateError, match=r"does not know the model or the address \(404: The model `other`"):
             ServerTeacher("other", url, None, sampling).answer_all(REQUESTS, sink, proven=False)
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def test_the_harness_answers_as_transformers(tmp_path: Path) -> None:
